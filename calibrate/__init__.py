@@ -1,0 +1,7 @@
+"""Calibration: trajectories of the trained model become scales (needs torch)."""
+
+from __future__ import annotations
+
+from ditcast.calibrate.stage import calibrate
+
+__all__ = ["calibrate"]

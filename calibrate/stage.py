@@ -1,0 +1,158 @@
+"""The calibration stage: trajectories of the model in, scales in the bundle out."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ditcast.bundle import Bundle, Layer, Quantization
+from ditcast.calibrate import qparams
+from ditcast.calibrate.ranges import OBSERVERS, Observer, State, weight_scale
+from ditcast.calibrate.trajectory import sample
+from ditcast.errors import BundleError, ConfigError
+from ditcast.models import LoadedModel
+from ditcast.progress import say, track
+from ditcast.recipe import Recipe
+from ditcast.schedule import from_config
+
+SCALES = "calibration/scales.safetensors"
+
+
+def calibrate(bundle: Bundle, model: LoadedModel) -> None:
+    """Find the scales of the bundle's recipe and commit them; does nothing where they are there.
+
+    An interrupted run is taken up after its last whole batch of trajectories.
+
+    Raises:
+        ConfigError: rules that do not fit the model, NaN or Inf in a trajectory.
+        BundleError: an interrupted calibration of something else.
+    """
+    recipe, manifest = bundle.manifest.recipe, bundle.manifest
+    linears = model.adapter.linears()
+    precision = qparams.select(list(linears), recipe.layer_rules())
+    chosen = {name: linears[name] for name, kind in precision.items() if kind == "int8"}
+    if manifest.quantization is not None or not chosen:
+        return
+    started = time.perf_counter()
+    labels = draw_labels(recipe, model.adapter.num_classes)
+    states = _collect(bundle, model, chosen, labels)
+    observer = OBSERVERS[recipe.method]
+    found = {
+        name: qparams.LayerScales(
+            activation=float(np.float32(observer.bound(states[name], recipe.percentile) / 127)),
+            weight=weight_scale(linear.weight.data, recipe.method),
+        )
+        for name, linear in chosen.items()
+    }
+    bundle.clear()
+    qparams.save(found, bundle.staged(SCALES))
+    quantization = Quantization(
+        made_from=manifest.fingerprint(),
+        file=SCALES,
+        layers=tuple(
+            Layer(name=name, block=name.rpartition(".")[0], precision="int8") for name in chosen
+        ),
+        labels=tuple(labels),
+        calibration_s=round(time.perf_counter() - started, 3),
+    )
+    bundle.commit({"quantization": quantization}, replaces="calibration/")
+    (bundle.scratch("calibration") / "states.safetensors").unlink(missing_ok=True)
+
+
+def draw_labels(recipe: Recipe, num_classes: int) -> list[int]:
+    """The label of each calibration trajectory, from the recipe's seed."""
+    rng = np.random.default_rng([recipe.seed, 0xCA11B])
+    return [int(label) for label in rng.integers(0, num_classes, recipe.samples)]
+
+
+def _collect(
+    bundle: Bundle, model: LoadedModel, chosen: dict[str, nn.Linear], labels: list[int]
+) -> dict[str, State]:
+    """The observers' states after all trajectories, resuming where a run stopped."""
+    recipe = bundle.manifest.recipe
+    observer = OBSERVERS[recipe.method]
+    progress = bundle.scratch("calibration") / "states.safetensors"
+    states, done = _resume(progress, bundle.manifest.fingerprint(), list(chosen))
+    batches = range(done, recipe.samples, recipe.batch)
+    if done:
+        say(f"calibrating: resuming after {done} of {recipe.samples} trajectories")
+    schedule = from_config(model.scheduler)
+    for first in track(batches, "calibrating", len(batches)):
+        last = min(first + recipe.batch, recipe.samples)
+        with _observing(chosen, observer, states) as step:
+            sample(
+                model.adapter,
+                schedule,
+                sampler=recipe.sampler,
+                steps=recipe.steps,
+                guidance=recipe.guidance,
+                seed=recipe.seed,
+                indices=range(first, last),
+                labels=labels[first:last],
+                callback=lambda done: step.__setitem__(0, done + 1),
+            )
+        for name in chosen:
+            states[name] = observer.end_batch(states[name])
+        _save(progress, bundle.manifest.fingerprint(), states, last)
+    return states
+
+
+@contextlib.contextmanager
+def _observing(
+    linears: dict[str, nn.Linear], observer: Observer, states: dict[str, State]
+) -> Iterator[list[int]]:
+    """While active, every input of the Linears goes to the observer; yields the step at hand."""
+    step = [0]
+
+    def watch(name: str, linear: nn.Linear) -> torch.utils.hooks.RemovableHandle:
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            del module
+            if not bool(torch.isfinite(args[0]).all()):
+                raise ConfigError(
+                    f"calibration: NaN or Inf in the input of layer {name} at step {step[0]}; "
+                    "the model overflows with this sampler and guidance, try other values"
+                )
+            states[name] = observer.observe(states[name], args[0])
+
+        return linear.register_forward_pre_hook(hook)
+
+    hooks = [watch(name, linear) for name, linear in linears.items()]
+    try:
+        yield step
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _save(path: Path, fingerprint: str, states: dict[str, State], done: int) -> None:
+    """Write the states and how many trajectories are in them, by temporary file and rename."""
+    tensors = {f"{name}|{key}": t for name, state in states.items() for key, t in state.items()}
+    partial = path.with_suffix(".tmp")
+    save_file(tensors, partial, {"fingerprint": fingerprint, "done": json.dumps(done)})
+    partial.replace(path)
+
+
+def _resume(path: Path, fingerprint: str, names: list[str]) -> tuple[dict[str, State], int]:
+    """The states that an interrupted run left, else empty ones."""
+    states: dict[str, State] = {name: {} for name in names}
+    if not path.is_file():
+        return states, 0
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+        if metadata["fingerprint"] != fingerprint:
+            raise BundleError(
+                f"calibration: {path} is of another model or recipe; remove it to start afresh"
+            )
+        for key in file.keys():  # noqa: SIM118 - not a mapping
+            name, _, field = key.partition("|")
+            states[name][field] = file.get_tensor(key)
+    return states, int(metadata["done"])

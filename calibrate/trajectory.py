@@ -1,0 +1,58 @@
+"""The sampler over a torch model: where calibration data and reference images come from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ditcast.models import Adapter
+from ditcast.sampling import (
+    Coefficients,
+    coefficients,
+    draw_noise,
+    guide,
+    needs_noise,
+    update,
+)
+from ditcast.schedule import NoiseSchedule
+
+
+@torch.no_grad()
+def sample(
+    adapter: Adapter,
+    schedule: NoiseSchedule,
+    *,
+    sampler: str,
+    steps: int,
+    guidance: float,
+    seed: int,
+    indices: Sequence[int],
+    labels: Sequence[int],
+    callback: Callable[[int], None] | None = None,
+) -> Tensor:
+    """Sample image `indices` of `seed` with `labels`, every step full; returns (n, C, H, W).
+
+    `callback` is called after each step with its number.
+    """
+    n, channels = len(labels), adapter.sample_shape[0]
+    noises = steps if needs_noise(sampler) else 0
+    drawn = np.stack([draw_noise(seed, i, adapter.sample_shape, noises) for i in indices], axis=1)
+    noise = torch.from_numpy(drawn)  # (1 + noises, n, C, H, W)
+    rows = list(labels) + [adapter.num_classes] * (n if guidance > 1 else 0)
+    unique, inverse = torch.unique(torch.tensor(rows), return_inverse=True)
+    timesteps = torch.from_numpy(schedule.timesteps(steps)).float()
+    features = adapter.temporal(timesteps, unique)  # (T, U, F)
+    x = noise[0]
+    for step, row in enumerate(coefficients(schedule, sampler, steps).tolist()):
+        repeated = x.repeat(len(rows) // n, 1, 1, 1)
+        output = adapter.denoiser(repeated, features[step][inverse])[0]
+        output = guide(output, n, channels, guidance)
+        x = update(
+            x, output, noise[1 + step] if noises else None, Coefficients(*row), schedule.clip
+        )
+        if callback is not None:
+            callback(step)
+    return x

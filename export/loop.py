@@ -1,0 +1,237 @@
+"""The graph loop: one ONNX model that turns noise and labels into samples.
+
+An outer `Loop` runs over segments. Each is one full step, then an inner `Loop` of reuse steps
+that captures the caches from the outer body: a flat `Loop` with the caches as loop-carried
+state would copy every one of them at every step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import ModelProto, TensorProto, helper, numpy_helper
+
+from ditcast.cache import StepPlan
+from ditcast.export.trace import OPSET
+from ditcast.sampling import Coefficients
+
+END = np.iinfo(np.int64).max
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopSpec:
+    """What the loop is built of: the step graphs and the tables of one schedule."""
+
+    temporal: ModelProto
+    full: ModelProto
+    reuse: ModelProto
+    plan: StepPlan
+    timesteps: NDArray[np.int64]  # (T,)
+    table: NDArray[np.float32]  # (T, 6), columns as in `Coefficients`
+    clip: float | None
+    null_label: int
+    sample_shape: tuple[int, int, int]
+    step_noise: bool
+
+
+class _Scope:
+    """Nodes of one graph body under construction."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.nodes: list[onnx.NodeProto] = []
+
+    def op(self, kind: str, *inputs: str, outputs: int = 1, **attributes: Any) -> Any:
+        """Append a node; returns the name of its output, or a list of names."""
+        number = len(self.nodes)
+        names = [f"{self.name}/{kind}_{number}_{i}" for i in range(outputs)]
+        node = helper.make_node(
+            kind, list(inputs), names, name=f"{self.name}/{kind}_{number}", **attributes
+        )
+        self.nodes.append(node)
+        return names[0] if outputs == 1 else names
+
+
+class _Builder:
+    """Constants of the whole model, and the pieces of its bodies."""
+
+    def __init__(self, spec: LoopSpec) -> None:
+        self.spec = spec
+        self.initializers: dict[str, TensorProto] = {}
+
+    def constant(self, name: str, value: Any, dtype: Any = np.int64) -> str:
+        """An initializer of the outermost graph; bodies capture it by name."""
+        self.initializers[name] = numpy_helper.from_array(np.asarray(value, dtype), name)
+        return name
+
+    def inline(
+        self, scope: _Scope, model: ModelProto, prefix: str, inputs: dict[str, str]
+    ) -> dict[str, str]:
+        """Append a step graph to a body; returns its outputs by their names in the step graph."""
+        names = dict(inputs)
+        for tensor in model.graph.initializer:
+            copy = TensorProto()
+            copy.CopyFrom(tensor)
+            copy.name = names[tensor.name] = f"{prefix}/{tensor.name}"
+            self.initializers[copy.name] = copy
+        for node in model.graph.node:
+            copy_node = onnx.NodeProto()
+            copy_node.CopyFrom(node)
+            copy_node.name = f"{prefix}/{node.name}"
+            for name in node.output:
+                names[name] = f"{prefix}/{name}" if name else ""
+            copy_node.input[:] = [names[name] if name else "" for name in node.input]
+            copy_node.output[:] = [names[name] for name in node.output]
+            scope.nodes.append(copy_node)
+        return {output.name: names[output.name] for output in model.graph.output}
+
+    def rows(self, scope: _Scope) -> None:
+        """Features of all timesteps, and which row of them each sample takes.
+
+        Labels are made distinct and sorted, so that `temporal` sees the very batch that the
+        host loop gives it. Without guidance there are no null rows.
+        """
+        null = self.constant("null_label", [self.spec.null_label])
+        labels = scope.op("Concat", "class_labels", null, axis=0)
+        unique, _, inverse, _ = scope.op("Unique", labels, outputs=4, sorted=1)
+        timesteps = self.constant("timesteps", self.spec.timesteps, np.float32)
+        names = {"timesteps": timesteps, "class_labels": unique}
+        self.features = self.inline(scope, self.spec.temporal, "temporal", names)["features"]
+        zero, one, end = (self.constant(n, [v]) for n, v in (("zero", 0), ("one", 1), ("end", END)))
+        self.last = self.constant("last", [-1])
+        self.n = scope.op("Shape", "class_labels")
+        guided = scope.op("Greater", "guidance_scale", self.constant("unguided", 1.0, np.float32))
+        guided = scope.op("Cast", guided, to=TensorProto.INT64)
+        conditional = scope.op("Slice", inverse, zero, self.n, zero)
+        null_row = scope.op("Slice", inverse, self.last, end, zero)
+        count = scope.op("Mul", self.n, guided)
+        null_rows = scope.op("Expand", null_row, count)
+        self.row_index = scope.op("Concat", conditional, null_rows, axis=0)
+        ones = self.constant("ones", [1, 1, 1])
+        repeats = scope.op("Add", one, guided)
+        self.repeats = scope.op("Concat", repeats, ones, axis=0)
+        minus_n = scope.op("Neg", self.n)
+        channels = self.constant("channels", [self.spec.sample_shape[0]])
+        self.zeros = self.constant("zeros", [0, 0])
+        self.axes = self.constant("axes", [0, 1])
+        self.conditional_end = scope.op("Concat", self.n, channels, axis=0)
+        self.null_start = scope.op("Concat", minus_n, zero, axis=0)
+        self.null_end = scope.op("Concat", end, channels, axis=0)
+        for name, column in zip(Coefficients._fields, self.spec.table.T, strict=True):
+            self.constant(name, column, np.float32)
+
+    def network(
+        self, scope: _Scope, kind: str, x: str, t: str, more: dict[str, str]
+    ) -> dict[str, str]:
+        """Run the full or the reuse graph on the current sample and step."""
+        all_rows = scope.op("Gather", self.features, t, axis=0)
+        features = scope.op("Gather", all_rows, self.row_index, axis=0)
+        sample = scope.op("Tile", x, self.repeats)
+        model = {"full": self.spec.full, "reuse": self.spec.reuse}[kind]
+        return self.inline(scope, model, kind, {"sample": sample, "features": features, **more})
+
+    def step(self, scope: _Scope, x: str, t: str, output: str, after: str) -> None:
+        """Guidance and sampler update, operation for operation as in `ditcast.sampling`."""
+        op = scope.op
+        conditional = op("Slice", output, self.zeros, self.conditional_end, self.axes)
+        null = op("Slice", output, self.null_start, self.null_end, self.axes)
+        scaled = op("Mul", "guidance_scale", op("Sub", conditional, null))
+        guided = op("Add", null, scaled)
+        row = Coefficients(*(op("Gather", name, t, axis=0) for name in Coefficients._fields))
+        x0 = op("Add", op("Mul", row.c_x, x), op("Mul", row.c_o, guided))
+        if self.spec.clip is not None:
+            low = self.constant("clip_low", -self.spec.clip, np.float32)
+            x0 = op("Clip", x0, low, self.constant("clip_high", self.spec.clip, np.float32))
+        moved = op("Add", op("Mul", row.k_0, x0), op("Mul", row.k_x, x))
+        moved = op("Add", moved, op("Mul", row.k_o, guided))
+        if self.spec.step_noise:
+            noise = op("Gather", "step_noise", t, axis=0)
+            moved = op("Add", moved, op("Mul", row.k_z, noise))
+        scope.nodes.append(helper.make_node("Identity", [moved], [after], name=f"{after}/Identity"))
+
+    def loop(self, scope: _Scope, body: _Scope, trips: str, x: str, carried: str) -> str:
+        """A `Loop` node of `trips` iterations that carries the sample."""
+        shape = ["n", *self.spec.sample_shape]
+        keep = f"{body.name}/continue"
+        body.nodes.append(
+            helper.make_node("Identity", [f"{body.name}/condition"], [keep], name=f"{keep}/Identity")
+        )
+        graph = helper.make_graph(
+            body.nodes,
+            body.name,
+            [
+                helper.make_tensor_value_info(f"{body.name}/iteration", TensorProto.INT64, []),
+                helper.make_tensor_value_info(f"{body.name}/condition", TensorProto.BOOL, []),
+                helper.make_tensor_value_info(f"{body.name}/x", TensorProto.FLOAT, shape),
+            ],
+            [
+                helper.make_tensor_value_info(keep, TensorProto.BOOL, []),
+                helper.make_tensor_value_info(carried, TensorProto.FLOAT, shape),
+            ],
+        )
+        found: str = scope.op("Loop", trips, "", x, body=graph)
+        return found
+
+
+def sampler_graph(spec: LoopSpec) -> ModelProto:
+    """Compose `sampler.onnx`: noise [n,C,H,W], class_labels [n], guidance_scale [] -> latents.
+
+    Stochastic samplers also take step_noise [T,n,C,H,W].
+    """
+    if spec.plan.history != 1:
+        raise NotImplementedError("the graph loop holds the caches of one full step")
+    build, top, outer = _Builder(spec), _Scope("loop"), _Scope("segments")
+    build.rows(top)
+    starts, lengths = spec.plan.segments()
+    index = "segments/iteration"
+    start = outer.op("Gather", build.constant("segment_starts", starts), index, axis=0)
+    results = build.network(outer, "full", "segments/x", start, {})
+    if spec.plan.full.all():
+        build.step(outer, "segments/x", start, results["output"], "segments/after")
+    else:
+        build.step(outer, "segments/x", start, results["output"], "segments/x_full")
+        inner = _Scope("reuse_steps")
+        one = build.constant("scalar_one", 1)
+        offset = inner.op("Add", "reuse_steps/iteration", one)
+        t = inner.op("Add", start, offset)
+        weights = inner.op(
+            "Gather", build.constant("plan_weights", spec.plan.weights, np.float32), t, axis=0
+        )
+        caches = {name: results[name] for name in results if name != "output"}
+        reused = build.network(inner, "reuse", "reuse_steps/x", t, {"weights": weights, **caches})
+        build.step(inner, "reuse_steps/x", t, reused["output"], "reuse_steps/after")
+        length = outer.op("Gather", build.constant("segment_lengths", lengths), index, axis=0)
+        trips = outer.op("Sub", length, one)
+        last = build.loop(outer, inner, trips, "segments/x_full", "reuse_steps/after")
+        outer.nodes.append(
+            helper.make_node("Identity", [last], ["segments/after"], name="segments/after/Identity")
+        )
+    trips = build.constant("segments_count", len(starts))
+    latents = build.loop(top, outer, trips, "noise", "segments/after")
+    top.nodes.append(helper.make_node("Identity", [latents], ["latents"], name="latents/Identity"))
+    return _model(build, top)
+
+
+def _model(build: _Builder, top: _Scope) -> ModelProto:
+    """The finished model with its inputs and output."""
+    shape = build.spec.sample_shape
+    inputs = [
+        helper.make_tensor_value_info("noise", TensorProto.FLOAT, ["n", *shape]),
+        helper.make_tensor_value_info("class_labels", TensorProto.INT64, ["n"]),
+        helper.make_tensor_value_info("guidance_scale", TensorProto.FLOAT, []),
+    ]
+    if build.spec.step_noise:
+        steps = len(build.spec.timesteps)
+        inputs.append(
+            helper.make_tensor_value_info("step_noise", TensorProto.FLOAT, [steps, "n", *shape])
+        )
+    outputs = [helper.make_tensor_value_info("latents", TensorProto.FLOAT, ["n", *shape])]
+    graph = helper.make_graph(
+        top.nodes, "sampler", inputs, outputs, list(build.initializers.values())
+    )
+    opset = helper.make_opsetid("", OPSET)
+    return helper.make_model(graph, opset_imports=[opset], ir_version=10)

@@ -1,0 +1,87 @@
+"""One external weights file for all graphs of a target; equal tensors are stored once."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+from numpy.typing import NDArray
+
+from ditcast.export.trace import replace
+
+FILE = "weights.data"
+INLINE_BYTES = 1024  # smaller tensors stay in the graph file, where shape inference reads them
+ALIGNMENT = 4096  # a page, so that a runtime can map the file
+
+
+class WeightStore:
+    """The weights file of a target while it is written."""
+
+    def __init__(self, folder: Path) -> None:
+        """Start an empty file in `folder`."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+        self._file = (folder / FILE).open("wb")
+        self._known: dict[bytes, tuple[int, int]] = {}
+
+    def __enter__(self) -> WeightStore:
+        """The file is closed at exit."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def add(self, name: str, array: NDArray[Any]) -> onnx.TensorProto:
+        """Append a tensor, unless an equal one is there, and return the reference to it."""
+        data = np.ascontiguousarray(array)
+        key = hashlib.sha256(memoryview(data).cast("B")).digest()
+        if key not in self._known:
+            self._file.seek(-self._file.tell() % ALIGNMENT, 1)
+            self._known[key] = (self._file.tell(), data.nbytes)
+            self._file.write(memoryview(data).cast("B"))
+        offset, length = self._known[key]
+        kind = onnx.helper.np_dtype_to_tensor_dtype(data.dtype)
+        return reference(name, kind, data.shape, offset, length)
+
+    def save(self, graph: gs.Graph, path: Path) -> None:
+        """Write a graph, its large constants as references into the weights file."""
+        self._file.flush()
+        references = []
+        for tensor in graph.tensors().values():
+            if isinstance(tensor, gs.Constant) and tensor.values.nbytes > INLINE_BYTES:
+                references.append(self.add(tensor.name, tensor.values))
+                by_name = gs.Variable(tensor.name, tensor.values.dtype, tensor.values.shape)
+                replace(tensor, by_name)
+        proto = gs.export_onnx(graph)
+        proto.graph.initializer.extend(references)
+        del proto.graph.value_info[:]
+        self.save_proto(proto, path)
+
+    def save_proto(self, proto: onnx.ModelProto, path: Path) -> None:
+        """Write a model whose large initializers are references already, and check it."""
+        self._file.flush()
+        proto.producer_name = "ditcast"
+        path.write_bytes(proto.SerializeToString(deterministic=True))
+        onnx.checker.check_model(str(path))
+
+
+def reference(
+    name: str, data_type: int, shape: tuple[int, ...], offset: int, length: int
+) -> onnx.TensorProto:
+    """An initializer whose bytes lie in the weights file."""
+    tensor = onnx.TensorProto(name=name, data_type=data_type, dims=shape)
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    for key, value in (("location", FILE), ("offset", str(offset)), ("length", str(length))):
+        tensor.external_data.add(key=key, value=value)
+    return tensor

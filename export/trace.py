@@ -1,0 +1,124 @@
+"""From a torch module to a graph in memory, weights shared with torch, layers by name."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import onnx_graphsurgeon as gs
+import onnx_ir
+import torch
+from onnxscript import opset21 as op
+from torch import Tensor, nn
+
+OPSET = 21
+_BIG = 1024  # bytes; smaller initializers travel inside the graph
+
+
+def _attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Any = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Any:
+    """Plain attention as two MatMuls, in the form whose scale and transpose runtimes fold."""
+    if attn_mask is not None or is_causal or dropout_p or enable_gqa:
+        raise NotImplementedError("only plain self-attention is exported")
+    factor = float(scale or query.shape[-1] ** -0.5)
+    scores = op.MatMul(query, op.Transpose(key, perm=[0, 1, 3, 2]))
+    return op.MatMul(op.Softmax(op.Mul(scores, op.Constant(value_float=factor)), axis=-1), value)
+
+
+def trace(
+    module: nn.Module,
+    arguments: Sequence[Tensor],
+    inputs: Sequence[str],
+    outputs: Sequence[str],
+    dynamic: Sequence[dict[int, Any]],
+    layers: Iterable[str] = (),
+) -> gs.Graph:
+    """Export `module` at opset 21; `dynamic` maps axes of each input to `torch.export.Dim`.
+
+    The MatMul of each layer in `layers` is named `LAYER/MatMul`, its bias Add `LAYER/Add`.
+    """
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch's own use of LeafSpec
+        warnings.simplefilter("ignore", DeprecationWarning)
+        program = torch.onnx.export(
+            module,
+            tuple(arguments),
+            dynamo=True,
+            verbose=False,
+            opset_version=OPSET,
+            input_names=list(inputs),
+            output_names=list(outputs),
+            dynamic_shapes=_shapes(dynamic, len(arguments)),
+            custom_translation_table={
+                torch.ops.aten.scaled_dot_product_attention.default: _attention
+            },
+        )
+    assert program is not None
+    model = program.model
+    _name_layers(model, set(layers))
+    graph = _to_graphsurgeon(model)
+    _fold_transposes(graph)
+    return graph.cleanup(remove_unused_graph_inputs=False).toposort()
+
+
+def _shapes(dynamic: Sequence[dict[int, Any]], arguments: int) -> tuple[Any, ...]:
+    """One entry per parameter of `forward`: a `*caches` parameter takes a tuple of entries."""
+    named = len(dynamic)
+    if named == arguments:
+        return tuple(dynamic)
+    rest = tuple(dynamic[-1] for _ in range(arguments - named + 1))
+    return (*dynamic[:-1], rest)
+
+
+def _name_layers(model: onnx_ir.Model, layers: set[str]) -> None:
+    """Name the MatMul and Add of each layer after it, by the exporter's module scopes."""
+    for node in model.graph:
+        scopes = node.metadata_props.get("pkg.torch.onnx.name_scopes", "")
+        found = [layer for layer in layers if f"'{layer}'" in scopes]
+        if found and node.op_type in ("MatMul", "Gemm", "Add"):
+            node.name = f"{found[0]}/{node.op_type}"
+
+
+def _to_graphsurgeon(model: onnx_ir.Model) -> gs.Graph:
+    """Import without ever serializing the big weights (a protobuf holds no more than 2 GB)."""
+    arrays = {}
+    for name, value in model.graph.initializers.items():
+        tensor = value.const_value
+        assert tensor is not None
+        if tensor.nbytes > _BIG:
+            arrays[name] = tensor.numpy()
+            value.const_value = onnx_ir.ExternalTensor(
+                "-", 0, tensor.nbytes, tensor.dtype, shape=tensor.shape, name=name
+            )
+    graph = gs.import_onnx(onnx_ir.to_proto(model))
+    tensors = graph.tensors()
+    for name, array in arrays.items():
+        if name in tensors:
+            tensors[name].values = array
+    return graph
+
+
+def _fold_transposes(graph: gs.Graph) -> None:
+    """Replace `Transpose(constant)` by a constant; the exporter folds only small ones."""
+    for node in graph.nodes:
+        if node.op == "Transpose" and isinstance(node.inputs[0], gs.Constant):
+            source = node.inputs[0]
+            folded = gs.Constant(f"{source.name}/T", source.values.transpose(node.attrs["perm"]))
+            replace(node.outputs[0], folded)
+
+
+def replace(tensor: gs.Tensor, by: gs.Tensor) -> None:
+    """Let every consumer of `tensor` read `by` instead."""
+    for consumer in list(tensor.outputs):
+        consumer.inputs = [by if found is tensor else found for found in consumer.inputs]

@@ -1,0 +1,7 @@
+"""Runtime: a bundle becomes samples, audits and measurements; never imports torch."""
+
+from __future__ import annotations
+
+from ditcast.runtime.pipeline import Pipeline
+
+__all__ = ["Pipeline"]

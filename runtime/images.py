@@ -1,0 +1,75 @@
+"""Samples as pictures: pixel values, PNG grids and paired fidelity."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from ditcast.errors import ConfigError
+
+PSNR_CAP = 100.0
+
+
+def to_unit(samples: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Samples in [-1, 1] as images clipped to [0, 1]."""
+    return np.clip(samples / 2 + 0.5, 0, 1)
+
+
+def grid(samples: NDArray[np.float32], columns: int = 0) -> Image.Image:
+    """One picture of all samples `(n, 3, H, W)`, row by row, two pixels apart on white."""
+    n, _, height, width = samples.shape
+    columns = columns or math.ceil(math.sqrt(n))
+    rows = math.ceil(n / columns)
+    gap = 2
+    sheet = np.full(
+        (rows * (height + gap) - gap, columns * (width + gap) - gap, 3), 255, np.uint8
+    )
+    for i, image in enumerate(np.rint(to_unit(samples) * 255).astype(np.uint8)):
+        top, left = i // columns * (height + gap), i % columns * (width + gap)
+        sheet[top : top + height, left : left + width] = image.transpose(1, 2, 0)
+    return Image.fromarray(sheet)
+
+
+def save(samples: NDArray[np.float32], path: Path, scale: int = 1) -> None:
+    """Write a `.png` grid, enlarged `scale` times, or the samples themselves as `.npy`.
+
+    Raises:
+        ConfigError: another file type, a missing folder, or latents where pixels are needed.
+    """
+    if path.suffix not in (".png", ".npy"):
+        raise ConfigError(f"output: got {path}, expected a name that ends in .png or .npy")
+    if not path.parent.is_dir():
+        raise ConfigError(f"output: no folder {path.parent}; create it first")
+    if path.suffix == ".npy":
+        np.save(path, samples)
+        return
+    if samples.shape[1] != 3:
+        raise ConfigError(
+            f"output: samples have {samples.shape[1]} channels (latents without a decoder), a "
+            f".png needs 3; write them with -o {path.with_suffix('.npy')}"
+        )
+    picture = grid(samples)
+    size = (picture.width * scale, picture.height * scale)
+    picture.resize(size, Image.Resampling.NEAREST).save(path)
+
+
+def psnr_db(images: NDArray[np.float32], paired: NDArray[np.float32]) -> NDArray[np.float64]:
+    """PSNR per image of `(n, C, H, W)` in [0, 1] against its pair, capped at 100 dB."""
+    error = np.square(images.astype(np.float64) - paired).mean(axis=(1, 2, 3))
+    return -10 * np.log10(np.maximum(error, 10 ** (-PSNR_CAP / 10)))
+
+
+def ssim(images: NDArray[np.float32], paired: NDArray[np.float32]) -> NDArray[np.float64] | None:
+    """SSIM per image, window 7; None without the `report` extra."""
+    if importlib.util.find_spec("skimage") is None:
+        return None
+    from skimage.metrics import structural_similarity
+
+    pairs = zip(images, paired, strict=True)
+    found = [structural_similarity(a, b, channel_axis=0, data_range=1.0) for a, b in pairs]
+    return np.asarray(found, np.float64)

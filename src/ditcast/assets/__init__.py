@@ -1,0 +1,1 @@
+"""The embedded model `emoji`, in diffusers layout."""

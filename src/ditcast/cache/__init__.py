@@ -1,0 +1,31 @@
+"""Cache policies as pure functions. To add one: a file with `plan`, and a line in `POLICIES`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from ditcast.cache import fora, none
+from ditcast.cache.plan import StepPlan
+from ditcast.errors import ConfigError
+
+POLICIES: dict[str, Callable[[int, int, int], StepPlan]] = {
+    "none": none.plan,
+    "fora": fora.plan,
+}
+
+
+def make_plan(policy: str, *, steps: int, interval: int, slots: int) -> StepPlan:
+    """The step plan of a policy for a trajectory of `steps` steps and a model with `slots` slots.
+
+    Raises:
+        ConfigError: an interval longer than the trajectory.
+    """
+    if policy != "none" and interval > steps:
+        raise ConfigError(
+            f"interval: got {interval}, expected at most the number of steps ({steps}); "
+            "lower --interval or raise --steps"
+        )
+    return POLICIES[policy](steps, interval, slots)
+
+
+__all__ = ["POLICIES", "StepPlan", "make_plan"]

@@ -1,0 +1,56 @@
+"""What a cache policy decides: which steps compute, and with which weights others predict."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class StepPlan:
+    """A static cache schedule over the T steps of a trajectory.
+
+    `full` is `(T,)` bool: True computes every slot, False is a reuse step. `weights` is
+    `(T, history, slots)` float32: at a reuse step, slot k is predicted as
+    `sum_i weights[t, i, k] * Y_i[k]`, where `Y_0` is the newest full step's un-gated output,
+    `Y_1` the one before, and so on. Rows of full steps are zero and never read.
+    """
+
+    full: NDArray[np.bool_]
+    weights: NDArray[np.float32]
+
+    def __post_init__(self) -> None:
+        """A trajectory has to start with a full step: there is nothing to reuse before it."""
+        if not self.full[0] or self.weights.shape[0] != len(self.full):
+            raise ValueError("a plan starts with a full step and has one row of weights per step")
+
+    @property
+    def history(self) -> int:
+        """How many full steps back a reuse step looks."""
+        return int(self.weights.shape[1])
+
+    @property
+    def full_steps(self) -> int:
+        """NFC: the number of full steps."""
+        return int(self.full.sum())
+
+    def feeds_reuse(self, step: int) -> bool:
+        """Whether the outputs of full step `step` are read by a later reuse step."""
+        starts = np.flatnonzero(self.full)
+        rank = int(np.searchsorted(starts, step))
+        last = rank + self.history
+        end = starts[last] if last < len(starts) else len(self.full)
+        return bool((~self.full[step:end]).any())
+
+    def segments(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Starts and lengths of the runs "one full step, then its reuse steps", each `(S,)`."""
+        starts = np.flatnonzero(self.full).astype(np.int64)
+        return starts, np.diff(starts, append=len(self.full)).astype(np.int64)
+
+
+def hold(full: NDArray[np.bool_], slots: int) -> StepPlan:
+    """The plan that repeats the newest full step's outputs at every reuse step."""
+    weights = np.where(full, 0.0, 1.0)[:, None, None] * np.ones((1, 1, slots))
+    return StepPlan(full=full, weights=weights.astype(np.float32))

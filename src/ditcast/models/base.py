@@ -1,0 +1,54 @@
+"""What every model family gives to calibration and export."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+class Adapter(Protocol):
+    """One model family, split at the timestep: temporal features, full step, reuse step.
+
+    Shapes: N rows (conditional and null), T timesteps, U distinct conditions, F features.
+    """
+
+    architecture: str
+    sample_shape: tuple[int, int, int]
+    output_channels: int
+    num_classes: int
+    slots: tuple[str, ...]  # in network order, such as `blocks.0.attn`
+    temporal: nn.Module  # (timesteps [T] float32, class_labels [U]) -> features [T,U,F]
+    denoiser: nn.Module  # (sample [N,C,H,W], features [N,F]) -> (output, one Y per slot)
+
+    def reuse(self, history: int) -> nn.Module:
+        """(sample, features, weights [history,slots], caches newest first) -> output."""
+        ...
+
+    def linears(self) -> dict[str, nn.Linear]:
+        """The denoiser's Linears by layer name, in network order: what can be quantized."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedModel:
+    """A model from disk, or a random one, with what its pipeline folder says of it."""
+
+    source: str
+    adapter: Adapter
+    scheduler: dict[str, Any]
+    classes: tuple[str, ...]
+    fingerprint: str
+
+    def features_size(self) -> int:
+        """F, from one run of the temporal module."""
+        with torch.no_grad():
+            found: Tensor = self.adapter.temporal(torch.zeros(1), torch.zeros(1, dtype=torch.int64))
+        return int(found.shape[-1])
+
+
+def count(*modules: nn.Module) -> int:
+    """Number of distinct parameters."""
+    return sum({id(p): p.numel() for m in modules for p in m.parameters()}.values())

@@ -1,0 +1,218 @@
+"""Adapter for diffusers' `DiTTransformer2DModel` (Peebles & Xie 2022, arXiv 2212.09748).
+
+The network is taken apart at the timestep. Everything that depends only on (timestep, class)
+is the TIB and runs once per request; what remains sees it as one row of features per sample.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from diffusers import DiTTransformer2DModel
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ditcast.errors import UnsupportedError
+
+ACTIVATIONS = {"gelu": "none", "gelu-approximate": "tanh"}
+
+
+class TemporalFeatures(nn.Module):
+    """The TIB: per block timestep and label embedders, SiLU and modulation Linear.
+
+    diffusers keeps a whole set of embedders in every block; the final layer reuses those of
+    block 0. F is block-major: shift, scale, gate (attention), shift, scale, gate (MLP) of each
+    block, then the final shift and scale.
+    """
+
+    def __init__(self, model: DiTTransformer2DModel) -> None:
+        """Share the parameters of `model`."""
+        super().__init__()
+        norms = [block.norm1 for block in model.transformer_blocks]
+        self.time = nn.ModuleList([norm.emb.timestep_embedder for norm in norms])
+        self.label = nn.ModuleList([norm.emb.class_embedder.embedding_table for norm in norms])
+        self.modulation = nn.ModuleList([norm.linear for norm in norms])
+        self.final = model.proj_out_1
+        # The frequencies as diffusers computes them, fixed so that no runtime has to repeat it.
+        half = norms[0].emb.time_proj.num_channels // 2
+        shift = norms[0].emb.time_proj.downscale_freq_shift
+        exponent = -math.log(10000) * torch.arange(half, dtype=torch.float32)
+        self.register_buffer("frequencies", torch.exp(exponent / (half - shift)))
+        self.frequencies: Tensor
+
+    def forward(self, timesteps: Tensor, class_labels: Tensor) -> Tensor:
+        """(T,) float32 and (U,) int64 -> features (T, U, F)."""
+        angles = timesteps[:, None] * self.frequencies[None]
+        sinusoid = torch.cat([torch.cos(angles), torch.sin(angles)], dim=-1)  # (T, 256)
+        parts = []
+        for i, (time, label) in enumerate(zip(self.time, self.label, strict=True)):
+            condition = time(sinusoid)[:, None] + label(class_labels)[None]  # (T, U, D)
+            condition = functional.silu(condition)
+            parts.append(self.modulation[i](condition))
+            if i == 0:
+                final = self.final(condition)
+        return torch.cat([*parts, final], dim=-1)
+
+
+class Attention(nn.Module):
+    """Self-attention with one Linear for query, key and value."""
+
+    def __init__(self, attention: Any) -> None:
+        """Copy q, k, v of a diffusers attention into one Linear; share the output Linear."""
+        super().__init__()
+        parts = (attention.to_q, attention.to_k, attention.to_v)
+        self.heads = attention.heads
+        has_bias = parts[0].bias is not None
+        self.qkv = nn.Linear(parts[0].in_features, 3 * parts[0].out_features, bias=has_bias)
+        self.qkv.weight.data = torch.cat([part.weight.data for part in parts])
+        if has_bias:
+            self.qkv.bias.data = torch.cat([part.bias.data for part in parts])
+        self.proj = attention.to_out[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, S, D) -> (N, S, D)."""
+        n, tokens, width = x.shape
+        qkv = self.qkv(x).reshape(n, tokens, 3, self.heads, width // self.heads)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (N, heads, S, D/heads)
+        mixed = functional.scaled_dot_product_attention(query, key, value)
+        return self.proj(mixed.transpose(1, 2).reshape(n, tokens, width))  # type: ignore[no-any-return]
+
+
+class Mlp(nn.Module):
+    """Linear, GELU, Linear."""
+
+    def __init__(self, feed_forward: Any, approximate: str) -> None:
+        """Share the two Linears of a diffusers feed-forward."""
+        super().__init__()
+        self.fc1 = feed_forward.net[0].proj
+        self.fc2 = feed_forward.net[2]
+        self.approximate = approximate
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, S, D) -> (N, S, D)."""
+        hidden = functional.gelu(self.fc1(x), approximate=self.approximate)
+        return self.fc2(hidden)  # type: ignore[no-any-return]
+
+
+class Block(nn.Module):
+    """One transformer block without its TIB: two norms and two slots."""
+
+    def __init__(self, block: Any, approximate: str) -> None:
+        """Share the parameters of a diffusers block."""
+        super().__init__()
+        self.norm1, self.norm2 = block.norm1.norm, block.norm3
+        self.attn = Attention(block.attn1)
+        self.mlp = Mlp(block.ff, approximate)
+
+
+class FinalLayer(nn.Module):
+    """Norm, modulation, projection and un-patching."""
+
+    def __init__(self, model: DiTTransformer2DModel) -> None:
+        """Share the parameters of `model`."""
+        super().__init__()
+        self.norm, self.proj = model.norm_out, model.proj_out_2
+        self.patch, self.channels = model.config.patch_size, model.out_channels
+        self.grid = model.config.sample_size // model.config.patch_size
+
+    def forward(self, h: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        """(N, S, D) and (N, D) twice -> (N, C', H, W)."""
+        h = self.proj(self.norm(h) * (1 + scale[:, None]) + shift[:, None])
+        g, p, c = self.grid, self.patch, self.channels
+        h = h.reshape(-1, g, g, p, p, c).permute(0, 5, 1, 3, 2, 4)  # (N, C', g, p, g, p)
+        return h.reshape(-1, c, g * p, g * p)
+
+
+class Denoiser(nn.Module):
+    """A full step: every slot is computed; emits the output and each slot's un-gated Y."""
+
+    def __init__(self, model: DiTTransformer2DModel) -> None:
+        """Share the parameters of `model` (q, k, v are copied into one Linear)."""
+        super().__init__()
+        approximate = ACTIVATIONS[model.config.activation_fn]
+        self.patch_embed = model.pos_embed
+        self.blocks = nn.ModuleList([Block(b, approximate) for b in model.transformer_blocks])
+        self.final = FinalLayer(model)
+        self.width = model.inner_dim
+
+    def split(self, features: Tensor) -> tuple[Tensor, ...]:
+        """(N, F) -> six (N, D) per block, then the final shift and scale."""
+        return features.split(self.width, dim=-1)
+
+    def forward(self, sample: Tensor, features: Tensor) -> tuple[Tensor, ...]:
+        """(N, C, H, W), (N, F) -> output (N, C', H, W), then one (N, S, D) per slot."""
+        parts = self.split(features)
+        h = self.patch_embed(sample)  # (N, S, D)
+        slots = []
+        for i, block in enumerate(self.blocks):
+            for j, (norm, module) in enumerate(
+                ((block.norm1, block.attn), (block.norm2, block.mlp))
+            ):
+                shift, scale, gate = parts[6 * i + 3 * j : 6 * i + 3 * j + 3]
+                slots.append(module(norm(h) * (1 + scale[:, None]) + shift[:, None]))
+                h = h + gate[:, None] * slots[-1]
+        return (self.final(h, *parts[-2:]), *slots)
+
+
+class Reuse(nn.Module):
+    """A reuse step: every slot is a weighted sum of its last `history` outputs."""
+
+    def __init__(self, denoiser: Denoiser, history: int) -> None:
+        """Share the embedding and the final layer of `denoiser`."""
+        super().__init__()
+        self.patch_embed, self.final = denoiser.patch_embed, denoiser.final
+        self.split = denoiser.split
+        self.history = history
+
+    def forward(
+        self, sample: Tensor, features: Tensor, weights: Tensor, *caches: Tensor
+    ) -> Tensor:
+        """Like a full step, with `weights` (history, slots) and caches, newest step first."""
+        parts = self.split(features)
+        slots = len(caches) // self.history
+        h = self.patch_embed(sample)
+        for k in range(slots):
+            gate = parts[3 * k + 2]
+            for i in range(self.history):
+                h = h + (weights[i, k] * gate)[:, None] * caches[i * slots + k]
+        return self.final(h, *parts[-2:])  # type: ignore[no-any-return]
+
+
+class DiTAdapter:
+    """`Adapter` for `DiTTransformer2DModel`."""
+
+    architecture = "DiTTransformer2DModel"
+
+    def __init__(self, model: DiTTransformer2DModel) -> None:
+        """Take `model` apart; its parameters are shared.
+
+        Raises:
+            UnsupportedError: an activation other than the two GELUs.
+        """
+        config = model.config
+        if config.activation_fn not in ACTIVATIONS:
+            raise UnsupportedError(
+                f"model: activation_fn {config.activation_fn!r} is not supported; "
+                f"expected {' or '.join(ACTIVATIONS)}"
+            )
+        model = model.float().eval().requires_grad_(False)
+        size = config.sample_size
+        self.sample_shape = (config.in_channels, size, size)
+        self.output_channels = model.out_channels
+        self.num_classes = config.num_embeds_ada_norm
+        names = [(f"blocks.{i}.attn", f"blocks.{i}.mlp") for i in range(config.num_layers)]
+        self.slots = tuple(name for pair in names for name in pair)
+        self.temporal: nn.Module = TemporalFeatures(model)
+        self.denoiser: nn.Module = Denoiser(model).eval().requires_grad_(False)
+
+    def reuse(self, history: int) -> nn.Module:
+        """The reuse step that looks `history` full steps back."""
+        assert isinstance(self.denoiser, Denoiser)
+        return Reuse(self.denoiser, history)
+
+    def linears(self) -> dict[str, nn.Linear]:
+        """The Linears of the blocks and of the final layer."""
+        named = self.denoiser.named_modules()
+        return {name: module for name, module in named if isinstance(module, nn.Linear)}

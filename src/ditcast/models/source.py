@@ -1,0 +1,150 @@
+"""Where a model comes from: `emoji`, a diffusers directory, or a published shape at random."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiTTransformer2DModel
+
+from ditcast.bundle import hash_file
+from ditcast.errors import ConfigError, UnsupportedError
+from ditcast.models.base import Adapter, LoadedModel
+from ditcast.models.dit import DiTAdapter
+
+# One line per model family: diffusers class name -> (its class, its adapter).
+ADAPTERS: dict[str, tuple[Any, Any]] = {
+    DiTAdapter.architecture: (DiTTransformer2DModel, DiTAdapter),
+}
+RANDOM_SEED = 0
+_DIT = {"in_channels": 4, "out_channels": 8, "sample_size": 32, "patch_size": 2}
+# Published shapes (256x256 latents) with seeded random weights: for latency, never fidelity.
+RANDOM: dict[str, dict[str, Any]] = {
+    "dit-s-2": _DIT | {"num_layers": 12, "num_attention_heads": 6, "attention_head_dim": 64},
+    "dit-xl-2": _DIT | {"num_layers": 28, "num_attention_heads": 16, "attention_head_dim": 72},
+}
+RANDOM_SCHEDULER = {"_class_name": "DDIMScheduler", "clip_sample": False}
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+def load(model: str) -> LoadedModel:
+    """Load MODEL as the command line names it.
+
+    Raises:
+        ConfigError: no such model or directory, or one without the expected files.
+        UnsupportedError: a model class that has no adapter, or weights in a pickle.
+    """
+    if model == "emoji":
+        with resources.as_file(resources.files("ditcast.assets") / "emoji") as folder:
+            return _from_directory("emoji", Path(folder))
+    if model.startswith("random:"):
+        return _random(model)
+    folder = Path(model)
+    if not folder.is_dir():
+        raise ConfigError(
+            f"model: {model!r} is neither 'emoji', 'random:SHAPE' ({', '.join(RANDOM)}) "
+            "nor a directory; give one of these"
+        )
+    return _from_directory(str(folder.resolve()), folder)
+
+
+def _random(model: str) -> LoadedModel:
+    shape = model.removeprefix("random:")
+    if shape not in RANDOM:
+        raise ConfigError(f"model: unknown shape {model!r}; expected random:{', random:'.join(RANDOM)}")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(RANDOM_SEED)
+        adapter = DiTAdapter(DiTTransformer2DModel(**RANDOM[shape]))
+    origin = f"{model}|{RANDOM_SEED}|torch {torch.__version__}"
+    return LoadedModel(
+        source=model,
+        adapter=adapter,
+        scheduler=RANDOM_SCHEDULER,
+        classes=(),
+        fingerprint=hashlib.sha256(origin.encode()).hexdigest(),
+    )
+
+
+def _from_directory(source: str, folder: Path) -> LoadedModel:
+    """A diffusers pipeline directory: `transformer/` and `scheduler/`."""
+    config = _json(folder / "transformer" / "config.json", folder)
+    scheduler = _json(folder / "scheduler" / "scheduler_config.json", folder)
+    architecture = str(config.get("_class_name"))
+    if architecture not in ADAPTERS:
+        raise UnsupportedError(
+            f"model: {folder} holds a {architecture}; supported: {', '.join(ADAPTERS)}"
+        )
+    weights = sorted((folder / "transformer").glob("*.safetensors"))
+    if not weights:
+        pickles = [p.name for p in (folder / "transformer").iterdir() if p.suffix in PICKLES]
+        found = f"a pickle ({pickles[0]}), which can run code," if pickles else "no weights"
+        raise UnsupportedError(
+            f"model: {folder / 'transformer'} has {found} where *.safetensors belongs; "
+            "save the model with save_pretrained(..., safe_serialization=True)"
+        )
+    family, adapter = ADAPTERS[architecture]
+    return LoadedModel(
+        source=source,
+        adapter=_load_weights(family, adapter, folder),
+        scheduler=scheduler,
+        classes=_class_names(folder, int(config.get("num_embeds_ada_norm") or 0)),
+        fingerprint=_fingerprint([folder / "transformer" / "config.json", *weights]),
+    )
+
+
+def _load_weights(family: Any, adapter: Any, folder: Path) -> Adapter:
+    try:
+        model = family.from_pretrained(
+            folder / "transformer",
+            torch_dtype=torch.float32,
+            use_safetensors=True,
+            local_files_only=True,
+            low_cpu_mem_usage=False,
+        )
+    except (OSError, ValueError, RuntimeError) as err:
+        problem = str(err).strip().splitlines()[0]
+        raise ConfigError(
+            f"model: the weights in {folder / 'transformer'} cannot be loaded ({problem}); "
+            "save the model again with save_pretrained"
+        ) from err
+    found: Adapter = adapter(model)
+    return found
+
+
+def _json(path: Path, folder: Path) -> dict[str, Any]:
+    """A config file of the directory, or an error that says what a diffusers directory has."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError) as err:
+        raise ConfigError(
+            f"model: {folder} is no diffusers directory: cannot read "
+            f"{path.relative_to(folder)} ({type(err).__name__}); expected transformer/ and "
+            "scheduler/ as save_pretrained writes them"
+        ) from err
+    if not isinstance(found, dict):
+        raise ConfigError(f"model: {path} holds {type(found).__name__}, expected a JSON object")
+    return found
+
+
+def _class_names(folder: Path, num_classes: int) -> tuple[str, ...]:
+    """Names from an optional `classes.json`, a list with one name per class."""
+    path = folder / "classes.json"
+    if not path.is_file():
+        return ()
+    names = json.loads(path.read_text())
+    if len(names) != num_classes:
+        raise ConfigError(
+            f"model: {path} has {len(names)} names, expected {num_classes}, one per class"
+        )
+    return tuple(str(name) for name in names)
+
+
+def _fingerprint(paths: list[Path]) -> str:
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(f"{path.name} {hash_file(path).sha256}\n".encode())
+    return digest.hexdigest()

@@ -1,0 +1,114 @@
+"""Samplers as tables of coefficients over plain arrays: one arithmetic for numpy and torch.
+
+Every sampler here is the same update with another row of numbers per step:
+
+    x0   = clip(c_x * x + c_o * o)
+    next = k_0 * x0 + k_x * x + k_o * o + k_z * z
+
+where `x` is the current sample, `o` the (guided) network output and `z` unit noise. The
+graph loop holds the same table as an initializer and the same operations in the same order,
+which is what makes both loops agree bit for bit.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ditcast.errors import UnsupportedError
+from ditcast.schedule import NoiseSchedule
+
+SAMPLERS = ("ddim", "ddpm")
+
+
+class Coefficients(NamedTuple):
+    """One column of the table per field, each `(T,)` float32 (or one step's scalars)."""
+
+    c_x: Any
+    c_o: Any
+    k_0: Any
+    k_x: Any
+    k_o: Any
+    k_z: Any
+
+
+def needs_noise(sampler: str) -> bool:
+    """Whether the sampler draws fresh noise at every step."""
+    return sampler == "ddpm"
+
+
+def coefficients(schedule: NoiseSchedule, sampler: str, steps: int) -> NDArray[np.float32]:
+    """The table of a trajectory, `(steps, 6)` float32, columns as in `Coefficients`.
+
+    `ddim` is Song et al. 2020, eq. 12 with eta 0; `ddpm` is Ho et al. 2020, Algorithm 2 with
+    the posterior mean of eq. 7 over the strided steps.
+
+    Raises:
+        UnsupportedError: a learned variance with `ddpm`.
+    """
+    now, after = schedule.alpha_pairs(steps)
+    c_x, c_o, e_x, e_o = _to_x0_and_epsilon(schedule.prediction, now)
+    zero = np.zeros(steps)
+    if sampler == "ddim":
+        direction = np.sqrt(1 - after)
+        rows = (c_x, c_o, np.sqrt(after), direction * e_x, direction * e_o, zero)
+        return np.stack(rows, axis=1).astype(np.float32)
+    alpha = now / after
+    variance = {
+        "fixed_small": (1 - after) / (1 - now) * (1 - alpha),
+        "fixed_large": 1 - alpha,
+    }.get(schedule.variance_type)
+    if variance is None:
+        raise UnsupportedError(
+            f"sampler ddpm: variance_type {schedule.variance_type!r} is not supported; "
+            "expected fixed_small or fixed_large, or use --sampler ddim"
+        )
+    k_z = np.sqrt(np.maximum(variance, 1e-20))
+    k_z[-1] = 0.0  # the last step ends at the mean
+    k_0 = np.sqrt(after) * (1 - alpha) / (1 - now)
+    k_x = np.sqrt(alpha) * (1 - after) / (1 - now)
+    return np.stack((c_x, c_o, k_0, k_x, zero, k_z), axis=1).astype(np.float32)
+
+
+def _to_x0_and_epsilon(
+    prediction: str, alpha: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], ...]:
+    """Coefficients (c_x, c_o) of x0 and (e_x, e_o) of epsilon in terms of x and the output."""
+    signal, noise = np.sqrt(alpha), np.sqrt(1 - alpha)
+    zero, one = np.zeros_like(alpha), np.ones_like(alpha)
+    if prediction == "epsilon":
+        return one / signal, -noise / signal, zero, one
+    if prediction == "v_prediction":
+        return signal, -noise, noise, signal
+    return zero, one, one / noise, -signal / noise
+
+
+def guide(output: Any, n: int, channels: int, scale: float) -> Any:
+    """Classifier-free guidance on the first `channels` channels (Ho & Salimans 2022, eq. 6).
+
+    `output` is `(2n, C', H, W)` with conditional rows first, or `(n, ...)` without guidance,
+    where both slices are the same rows and the result is the conditional output exactly.
+    """
+    conditional, null = output[:n, :channels], output[-n:, :channels]
+    return null + np.float32(scale) * (conditional - null)
+
+
+def update(x: Any, output: Any, noise: Any, row: Coefficients, clip: float | None) -> Any:
+    """One sampler step on `(n, C, H, W)` arrays; `noise` is None where the sampler has none."""
+    x0 = row.c_x * x + row.c_o * output
+    if clip is not None:
+        x0 = x0.clip(-clip, clip)
+    after = row.k_0 * x0 + row.k_x * x + row.k_o * output
+    return after if noise is None else after + row.k_z * noise
+
+
+def draw_noise(seed: int, index: int, shape: tuple[int, ...], step_noises: int) -> NDArray[Any]:
+    """Noise of image `index` of `seed`: `(1 + step_noises, *shape)` float32.
+
+    Row 0 is the initial noise, the others the noise of each step. A picture depends on
+    (seed, index) only, never on the batch it is sampled in.
+    """
+    rng = np.random.default_rng([seed, index])
+    return rng.standard_normal((1 + step_noises, *shape), np.float32)
