@@ -44,6 +44,7 @@ class _Scope:
     def __init__(self, name: str) -> None:
         self.name = name
         self.nodes: list[onnx.NodeProto] = []
+        self.initializers: list[TensorProto] = []
 
     def op(self, kind: str, *inputs: str, outputs: int = 1, **attributes: Any) -> Any:
         """Append a node; returns the name of its output, or a list of names."""
@@ -71,13 +72,17 @@ class _Builder:
     def inline(
         self, scope: _Scope, model: ModelProto, prefix: str, inputs: dict[str, str]
     ) -> dict[str, str]:
-        """Append a step graph to a body; returns its outputs by their names in the step graph."""
+        """Append a step graph to a body; returns its outputs by their names in the step graph.
+
+        Its weights become initializers of that body: captured from the outermost graph, ONNX
+        Runtime would leave them out of its rewrite for CPUs whose u8 x s8 products saturate.
+        """
         names = dict(inputs)
         for tensor in model.graph.initializer:
             copy = TensorProto()
             copy.CopyFrom(tensor)
             copy.name = names[tensor.name] = f"{prefix}/{tensor.name}"
-            self.initializers[copy.name] = copy
+            scope.initializers.append(copy)
         for node in model.graph.node:
             copy_node = onnx.NodeProto()
             copy_node.CopyFrom(node)
@@ -172,6 +177,7 @@ class _Builder:
                 helper.make_tensor_value_info(keep, TensorProto.BOOL, []),
                 helper.make_tensor_value_info(carried, TensorProto.FLOAT, shape),
             ],
+            body.initializers,
         )
         found: str = scope.op("Loop", trips, "", x, body=graph)
         return found
@@ -224,14 +230,21 @@ def _model(build: _Builder, top: _Scope) -> ModelProto:
         helper.make_tensor_value_info("class_labels", TensorProto.INT64, ["n"]),
         helper.make_tensor_value_info("guidance_scale", TensorProto.FLOAT, []),
     ]
+    steps = len(build.spec.timesteps)
     if build.spec.step_noise:
-        steps = len(build.spec.timesteps)
         inputs.append(
             helper.make_tensor_value_info("step_noise", TensorProto.FLOAT, [steps, "n", *shape])
         )
+    # An input with a default value: as a plain constant, the runtime would fold a part of the
+    # temporal features at load time, with other kernels and so with other last bits.
+    inputs.append(helper.make_tensor_value_info("timesteps", TensorProto.FLOAT, [steps]))
     outputs = [helper.make_tensor_value_info("latents", TensorProto.FLOAT, ["n", *shape])]
     graph = helper.make_graph(
-        top.nodes, "sampler", inputs, outputs, list(build.initializers.values())
+        top.nodes,
+        "sampler",
+        inputs,
+        outputs,
+        [*build.initializers.values(), *top.initializers],
     )
     opset = helper.make_opsetid("", OPSET)
     return helper.make_model(graph, opset_imports=[opset], ir_version=10)

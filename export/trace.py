@@ -35,6 +35,45 @@ def _attention(
     return op.MatMul(op.Softmax(op.Mul(scores, op.Constant(value_float=factor)), axis=-1), value)
 
 
+def _patch_embedding(
+    x: Any,
+    weight: Any,
+    bias: Any = None,
+    stride: Sequence[int] = (1, 1),
+    padding: Sequence[int] = (0, 0),
+    dilation: Sequence[int] = (1, 1),
+    groups: int = 1,
+) -> Any:
+    """A convolution over patches that do not overlap, as the MatMul that it is.
+
+    ONNX Runtime picks another convolution kernel at the top level than inside a `Loop`, whose
+    last bits differ; a MatMul is the same everywhere.
+    """
+    channels, height, width = (int(size) for size in x.shape[1:])
+    outer, _, p, q = (int(size) for size in weight.shape)
+    rows, columns = height // p, width // q
+    if [*stride, *padding, *dilation, groups] != [p, q, 0, 0, 1, 1, 1]:
+        raise NotImplementedError("only convolutions over patches that do not overlap")
+
+    def shape(*sizes: int) -> Any:
+        return op.Constant(value_ints=list(sizes))
+
+    patches = op.Reshape(x, shape(-1, channels, rows, p, columns, q))
+    patches = op.Transpose(patches, perm=[0, 2, 4, 1, 3, 5])
+    patches = op.Reshape(patches, shape(-1, rows * columns, channels * p * q))
+    flat = op.Transpose(op.Reshape(weight, shape(outer, channels * p * q)), perm=[1, 0])
+    embedded = op.MatMul(patches, flat)
+    if bias is not None:
+        embedded = op.Add(embedded, bias)
+    return op.Reshape(op.Transpose(embedded, perm=[0, 2, 1]), shape(-1, outer, rows, columns))
+
+
+_TRANSLATIONS: dict[Any, Any] = {
+    torch.ops.aten.scaled_dot_product_attention.default: _attention,
+    torch.ops.aten.conv2d.default: _patch_embedding,
+}
+
+
 def trace(
     module: nn.Module,
     arguments: Sequence[Tensor],
@@ -60,9 +99,7 @@ def trace(
             input_names=list(inputs),
             output_names=list(outputs),
             dynamic_shapes=_shapes(dynamic, len(arguments)),
-            custom_translation_table={
-                torch.ops.aten.scaled_dot_product_attention.default: _attention
-            },
+            custom_translation_table=_TRANSLATIONS,
         )
     assert program is not None
     model = program.model
