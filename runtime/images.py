@@ -35,16 +35,25 @@ def grid(samples: NDArray[np.float32], columns: int = 0) -> Image.Image:
     return Image.fromarray(sheet)
 
 
-def save(samples: NDArray[np.float32], path: Path, scale: int = 1) -> None:
-    """Write a `.png` grid, enlarged `scale` times, or the samples themselves as `.npy`.
+def check_output(path: Path) -> None:
+    """Refuse a file that `save` cannot write, before any work is done.
 
     Raises:
-        ConfigError: another file type, a missing folder, or latents where pixels are needed.
+        ConfigError: another file type, or a missing folder.
     """
     if path.suffix not in (".png", ".npy"):
         raise ConfigError(f"output: got {path}, expected a name that ends in .png or .npy")
     if not path.parent.is_dir():
         raise ConfigError(f"output: no folder {path.parent}; create it first")
+
+
+def save(samples: NDArray[np.float32], path: Path, scale: int = 1) -> None:
+    """Write a `.png` grid, enlarged `scale` times, or the samples themselves as `.npy`.
+
+    Raises:
+        ConfigError: as `check_output`, or latents where pixels are needed.
+    """
+    check_output(path)
     if path.suffix == ".npy":
         np.save(path, samples)
         return

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+
+from ditcast.bundle import FORMAT_VERSION, Manifest, ModelInfo
+from ditcast.recipe import Recipe
 
 
 class Adapter(Protocol):
@@ -47,6 +51,31 @@ class LoadedModel:
         with torch.no_grad():
             found: Tensor = self.adapter.temporal(torch.zeros(1), torch.zeros(1, dtype=torch.int64))
         return int(found.shape[-1])
+
+
+def describe(model: LoadedModel, recipe: Recipe) -> Manifest:
+    """The manifest of a bundle that is about to be made of a model."""
+    adapter = model.adapter
+    packages = ("ditcast", "torch", "diffusers", "onnx", "onnx-graphsurgeon", "onnxruntime")
+    return Manifest(
+        format_version=FORMAT_VERSION,
+        producer={name: importlib.metadata.version(name) for name in packages},
+        recipe=recipe,
+        model=ModelInfo(
+            source=model.source,
+            architecture=adapter.architecture,
+            fingerprint=model.fingerprint,
+            sample_shape=adapter.sample_shape,
+            output_channels=adapter.output_channels,
+            classes=model.classes,
+            num_classes=adapter.num_classes,
+            slots=adapter.slots,
+            features=model.features_size(),
+            parameters=count(adapter.temporal, adapter.denoiser),
+            temporal_parameters=count(adapter.temporal),
+        ),
+        schedule=model.scheduler,
+    )
 
 
 def count(*modules: nn.Module) -> int:

@@ -1,0 +1,263 @@
+"""What a bundle gains and loses: every variant interleaved in one run, fidelity beside speed."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ditcast.bundle import Bundle
+from ditcast.errors import DitcastError
+from ditcast.progress import say, track
+from ditcast.runtime import images, machine
+from ditcast.runtime.backends import make_backend
+from ditcast.runtime.pipeline import Pipeline, Step
+from ditcast.schedule import SPACINGS
+
+SHOWN = 16  # images of each variant that the report shows
+
+
+@dataclass
+class Variant:
+    """One way to make the same images, and what was measured of it."""
+
+    name: str
+    pipeline: Pipeline
+    cache: str
+    steps: int
+    spacing: str | None = None
+    image_ms: list[float] = field(default_factory=list)  # per round
+    step_ms: dict[bool, list[float]] = field(default_factory=lambda: defaultdict(list))
+    samples: list[NDArray[np.float32]] = field(default_factory=list)
+
+    def run(self, labels: list[int], seed: int, first: int, guidance: float) -> None:
+        """Sample one batch and keep its time and its images."""
+        self.samples.append(self.timed(labels, seed, first, guidance))
+
+    def timed(
+        self, labels: list[int], seed: int, first: int, guidance: float, steps: int | None = None
+    ) -> Any:
+        """Sample one batch, adding its time per image and per step."""
+        last = started = time.perf_counter_ns()
+
+        def watch(step: Step) -> None:
+            nonlocal last
+            now = time.perf_counter_ns()
+            if step.index:  # the first step's time holds the temporal features
+                self.step_ms[step.full].append((now - last) / 1e6)
+            last = now
+
+        found = self.pipeline.sample(
+            labels,
+            seed=seed,
+            first=first,
+            guidance=guidance,
+            steps=steps or self.steps,
+            cache=self.cache,
+            spacing=self.spacing,
+            callback=watch,
+        )
+        self.image_ms.append((time.perf_counter_ns() - started) / 1e6 / len(labels))
+        return found
+
+    def warm_up(self, labels: list[int], guidance: float) -> None:
+        """A few steps of one batch, of both kinds, whose times do not count."""
+        few = min(self.steps, self.pipeline.recipe.interval + 1)
+        self.timed(labels, 0, 0, guidance, few)
+        self.image_ms.clear()
+        self.step_ms.clear()
+
+
+def bench(
+    bundle: Bundle,
+    *,
+    backend: str = "onnxruntime",
+    threads: int = 0,
+    count: int = 128,
+    steps: int | None = None,
+    seed: int = 1,
+) -> dict[str, Any]:
+    """Measure full precision, quantized, cached, both, and fewer full-precision steps.
+
+    `count` images in batches of the recipe's size, classes in turn. Returns the report as plain
+    values; the images that the page shows are under `"shown"` as `(n, C, H, W)` arrays.
+    """
+    recipe, model = bundle.manifest.recipe, bundle.manifest.model
+    steps = steps or recipe.steps
+    variants = _variants(bundle, backend, threads, steps)
+    labels = [i % model.num_classes for i in range(count)]
+    batches = [labels[i : i + recipe.batch] for i in range(0, count, recipe.batch)]
+    for variant in variants:
+        variant.warm_up(batches[0], recipe.guidance)
+    random_weights = model.source.startswith("random:")
+    if not random_weights:  # of random weights no number of steps makes a better image
+        variants.append(_fewer_steps(variants, batches[0], recipe.guidance, seed))
+    rounds = list(enumerate(batches))
+    for i, batch in track(rounds, "measuring", len(rounds)):
+        for variant in variants:
+            variant.run(batch, seed, i * recipe.batch, recipe.guidance)
+    reference = variants[0]
+    rows = [_row(variant, reference, bundle) for variant in variants]
+    for row, variant in zip(rows, variants, strict=True):
+        row["peak_memory_mib"] = _peak_memory_mib(bundle, variant, backend, threads)
+    return {
+        "machine": machine.describe(),
+        "backend": variants[0].pipeline.backend.facts(),
+        "bundle": {
+            "model": model.source,
+            "digest": bundle.manifest.digest,
+            "recipe": recipe.model_dump(mode="json"),
+            "random_weights": random_weights,
+        },
+        "request": {
+            "images": count,
+            "batch": min(recipe.batch, count),
+            "steps": steps,
+            "guidance": recipe.guidance,
+            "seed": seed,
+        },
+        "variants": rows,
+        "shown": {
+            variant.name: np.concatenate(variant.samples)[:SHOWN] for variant in variants
+        },
+    }
+
+
+def _variants(bundle: Bundle, backend: str, threads: int, steps: int) -> list[Variant]:
+    """Full precision first; then each gain alone and both together, where the recipe has them."""
+    runtime = make_backend(backend, threads)
+    recipe = bundle.manifest.recipe
+    reference = Pipeline(bundle, backend=runtime, target="reference")
+    quantized = Pipeline(bundle, backend=runtime)
+    found = [Variant("full precision", reference, "none", steps)]
+    if bundle.manifest.quantization is not None:
+        found.append(Variant(recipe.scheme, quantized, "none", steps))
+    if recipe.cache != "none":
+        found.append(Variant("cache", reference, recipe.cache, steps))
+    if len(found) == 3:
+        found.append(Variant(f"{recipe.scheme} + cache", quantized, recipe.cache, steps))
+    return found
+
+
+def _fewer_steps(
+    variants: list[Variant], batch: list[int], guidance: float, seed: int
+) -> Variant:
+    """The honest rival: full precision with as many steps as the fastest variant has time for.
+
+    Its timestep spacing is the one with the best paired PSNR on the first batch.
+    """
+    reference = variants[0]
+    times = []
+    for variant in (reference, variants[-1]):
+        variant.timed(batch, seed, 0, guidance)
+        times.append(variant.image_ms.pop())
+        variant.step_ms.clear()
+    steps = max(1, min(reference.steps, round(reference.steps * times[1] / times[0])))
+    wanted = images.to_unit(reference.timed(batch, seed, 0, guidance))
+    best, spacing = -1.0, SPACINGS[0]
+    for candidate in SPACINGS:
+        rival = Variant("", reference.pipeline, "none", steps, candidate)
+        found = images.to_unit(rival.timed(batch, seed, 0, guidance))
+        median = float(np.median(images.psnr_db(found, wanted)))
+        if median > best:
+            best, spacing = median, candidate
+    reference.image_ms.clear()
+    reference.step_ms.clear()
+    return Variant(f"{steps} steps", reference.pipeline, "none", steps, spacing)
+
+
+def _row(variant: Variant, reference: Variant, bundle: Bundle) -> dict[str, Any]:
+    """The figures of one variant; speed never without fidelity beside it."""
+    made, wanted = (np.concatenate(v.samples) for v in (variant, reference))
+    if made.shape[1] == 3:
+        made, wanted = images.to_unit(made), images.to_unit(wanted)
+    else:  # latents: scaled by the reference's own range, so that PSNR keeps its meaning
+        low, span = wanted.min(), np.ptp(wanted)
+        made, wanted = (made - low) / span, (wanted - low) / span
+    similarity = images.ssim(made, wanted)
+    ratios = np.asarray(reference.image_ms) / np.asarray(variant.image_ms)
+    folder = f"graphs/{variant.pipeline.target}/"
+    files = bundle.manifest.files
+    return {
+        "name": variant.name,
+        "target": variant.pipeline.target,
+        "cache": variant.cache,
+        "steps": variant.steps,
+        "full_steps": variant.pipeline.plan(variant.steps, variant.cache).full_steps,
+        "spacing": variant.spacing,
+        "image_ms": _spread(variant.image_ms),
+        "full_step_ms": _spread(variant.step_ms[True]),
+        "reuse_step_ms": _spread(variant.step_ms[False]),
+        "speedup": _spread(ratios),
+        "psnr_db": _spread(images.psnr_db(made, wanted)),
+        "ssim": None if similarity is None else _spread(similarity),
+        "samples": len(made),
+        "size_bytes": sum(e.size for name, e in files.items() if name.startswith(folder)),
+    }
+
+
+def _spread(values: Any) -> dict[str, float] | None:
+    """10th percentile, median, 90th percentile; None of nothing."""
+    if len(values) == 0:
+        return None
+    found = np.percentile(np.asarray(values, np.float64), (10, 50, 90))
+    return dict(zip(("p10", "p50", "p90"), (float(f"{v:.5g}") for v in found), strict=True))
+
+
+def _peak_memory_mib(bundle: Bundle, variant: Variant, backend: str, threads: int) -> float:
+    """Peak resident memory of a fresh process that samples one image in this way."""
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "sample.json"
+        command = [sys.executable, "-m", "ditcast", "sample", str(bundle.path), "--labels", "0"]
+        command += ["-o", str(Path(folder) / "sample.npy"), "--json", str(report)]
+        command += ["--backend", backend, "--target", variant.pipeline.target]
+        command += ["--threads", str(threads), "--cache", variant.cache]
+        command += ["--steps", str(max(2, bundle.manifest.recipe.interval + 1))]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise DitcastError(f"bench: sampling in a fresh process failed: {done.stderr.strip()}")
+        return float(json.loads(report.read_text())["peak_memory_mib"])
+
+
+def summary(report: dict[str, Any]) -> list[list[str]]:
+    """The report as a table: a header and one row of cells per variant."""
+    header = ["variant", "full steps", "ms / image", "speed-up", "PSNR dB", "SSIM", "MiB", "peak MiB"]
+    rows = [header]
+    for row in report["variants"]:
+        exact = row is report["variants"][0]
+        rows.append(
+            [
+                row["name"],
+                f"{row['full_steps']} of {row['steps']}",
+                _median(row["image_ms"], "{:.1f}"),
+                _median(row["speedup"], "{:.2f}x"),
+                "(reference)" if exact else _median(row["psnr_db"], "{:.1f}"),
+                "(reference)" if exact else _median(row["ssim"], "{:.4f}"),
+                f"{row['size_bytes'] / 2**20:.1f}",
+                f"{row['peak_memory_mib']:.0f}",
+            ]
+        )
+    return rows
+
+
+def _median(spread: dict[str, float] | None, form: str) -> str:
+    return "-" if spread is None else form.format(spread["p50"])
+
+
+def announce(report: dict[str, Any]) -> None:
+    """Say what the table's figures stand on."""
+    request, backend = report["request"], report["backend"]
+    say(
+        f"{request['images']} images in batches of {request['batch']}, {request['steps']} steps, "
+        f"guidance {request['guidance']}, {backend['threads']} threads, "
+        f"{report['machine']['cpu']}, integer kernels {backend['integer_mode']}; medians"
+    )

@@ -1,0 +1,380 @@
+"""The command line: one sub-command per stage, which imports what it needs when it runs."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from ditcast import __version__
+from ditcast.bundle import Bundle
+from ditcast.errors import ConfigError, DitcastError
+from ditcast.recipe import Recipe
+from ditcast.recipe import load as load_recipe
+
+if TYPE_CHECKING:
+    from ditcast.models import LoadedModel
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+BUNDLE = click.argument("bundle", type=click.Path(path_type=Path))
+MODEL = click.argument("model")
+OUTPUT = click.option("-o", "--output", required=True, type=click.Path(path_type=Path))
+BACKEND = click.option("--backend", default="onnxruntime", show_default=True, help="runtime")
+THREADS = click.option("--threads", default=0, show_default=True, help="0 is one per core")
+JSON = click.option("--json", "json_file", type=click.Path(path_type=Path), help="write figures")
+LOOP = click.option("--loop", type=click.Choice(["host", "graph"]), default="host", show_default=True)
+IMAGES = click.option(
+    "--images", type=click.IntRange(1), help="how many to measure on  [default: 128; random: 1]"
+)
+
+
+def recipe_options(command: F) -> F:
+    """Add `--recipe` and one flag per recipe key, so that both have one definition."""
+    for name, field in reversed(Recipe.model_fields.items()):
+        kind = field.annotation
+        if get_origin(kind) is tuple:
+            continue  # rules are lists of mappings: YAML only
+        choice = click.Choice(get_args(kind)) if get_origin(kind) is Literal else kind
+        help_text = f"{field.description}  [default: {field.default}]"
+        command = click.option(f"--{name}", type=choice, help=help_text)(command)
+    path = click.Path(path_type=Path)
+    return click.option("--recipe", "recipe_file", type=path, help="YAML of recipe keys")(command)
+
+
+@click.group()
+@click.version_option(__version__, prog_name="ditcast")
+def app() -> None:
+    """Calibrate, export and run diffusion transformers, quantized and cached."""
+
+
+@app.command("compile")
+@MODEL
+@OUTPUT
+@recipe_options
+@IMAGES
+@BACKEND
+@THREADS
+@JSON
+def compile_command(
+    model: str,
+    output: Path,
+    recipe_file: Path | None,
+    images: int | None,
+    backend: str,
+    threads: int,
+    json_file: Path | None,
+    **flags: Any,
+) -> None:
+    """All of it: calibrate, export, audit, bench. Resumes where an earlier run stopped."""
+    bundle, loaded = _start(model, output, recipe_file, flags)
+    _calibrate(bundle, loaded)
+    _export(bundle, loaded)
+    del loaded  # a large model and its graphs do not fit in memory together
+    _audit(bundle, backend, threads, "host", None)
+    _bench(bundle, backend, threads, images, None, 1, json_file)
+
+
+@app.command()
+@MODEL
+@OUTPUT
+@recipe_options
+def calibrate(model: str, output: Path, recipe_file: Path | None, **flags: Any) -> None:
+    """Find the scales of a model and start a bundle with them."""
+    bundle, loaded = _start(model, output, recipe_file, flags)
+    _calibrate(bundle, loaded)
+    click.echo(f"{output}: calibrated; next: ditcast export {output}")
+
+
+@app.command()
+@BUNDLE
+def export(bundle: Path) -> None:
+    """Export the graphs of a calibrated bundle."""
+    opened = Bundle.open(bundle)
+    source = opened.manifest.model.source
+    loaded = _load(source)
+    if loaded.fingerprint != opened.manifest.model.fingerprint:
+        raise ConfigError(
+            f"export: {source} has changed since {bundle} was calibrated; "
+            "compile a new bundle with another -o"
+        )
+    _export(opened, loaded)
+    click.echo(f"{bundle}: exported; next: ditcast bench {bundle}")
+
+
+@app.command()
+@BUNDLE
+@OUTPUT
+@click.option("--labels", required=True, help="classes by number or name: --labels 3 5")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option("--steps", type=int, help="instead of the recipe's")
+@click.option("--guidance", type=float, help="instead of the recipe's")
+@click.option("--cache", help="instead of the recipe's policy, such as none")
+@click.option("--target", help="graphs to run, such as reference  [default: the backend's]")
+@click.option("--scale", type=click.IntRange(1), default=1, show_default=True, help="enlarge .png")
+@LOOP
+@BACKEND
+@THREADS
+@JSON
+def sample(
+    bundle: Path,
+    output: Path,
+    labels: str,
+    seed: int,
+    steps: int | None,
+    guidance: float | None,
+    cache: str | None,
+    target: str | None,
+    scale: int,
+    loop: Literal["host", "graph"],
+    backend: str,
+    threads: int,
+    json_file: Path | None,
+) -> None:
+    """Sample images: a .png grid, or a .npy of the samples themselves."""
+    import time
+
+    import numpy as np
+
+    from ditcast.progress import track
+    from ditcast.runtime import Pipeline, images, machine
+
+    images.check_output(output)
+    pipeline = Pipeline(bundle, backend=backend, target=target, threads=threads)
+    numbers = _labels(labels, pipeline.model.classes)
+    size = pipeline.recipe.batch
+    starts = range(0, len(numbers), size)
+    started = time.perf_counter()
+    found = [
+        pipeline.sample(
+            numbers[i : i + size],
+            seed=seed,
+            first=i,
+            guidance=guidance,
+            steps=steps,
+            cache=cache,
+            loop=loop,
+        )
+        for i in track(starts, "sampling", len(starts))
+    ]
+    seconds = time.perf_counter() - started
+    images.save(np.concatenate(found), output, scale)
+    _write_json(
+        json_file,
+        {
+            "images": len(numbers),
+            "seconds": round(seconds, 3),
+            "peak_memory_mib": round(machine.peak_memory_mib(), 1),
+            **pipeline.backend.facts(),
+        },
+    )
+    click.echo(f"{output}: {len(numbers)} images in {seconds:.1f} s")
+
+
+@app.command()
+@BUNDLE
+@BACKEND
+@THREADS
+@IMAGES
+@click.option("--steps", type=int, help="instead of the recipe's")
+@click.option("--seed", type=click.IntRange(0), default=1, show_default=True)
+@JSON
+def bench(
+    bundle: Path,
+    backend: str,
+    threads: int,
+    images: int | None,
+    steps: int | None,
+    seed: int,
+    json_file: Path | None,
+) -> None:
+    """Measure speed, memory and fidelity against full precision, in one run."""
+    _bench(Bundle.open(bundle), backend, threads, images, steps, seed, json_file)
+
+
+@app.command()
+@BUNDLE
+@BACKEND
+@THREADS
+@LOOP
+@JSON
+def audit(bundle: Path, backend: str, threads: int, loop: str, json_file: Path | None) -> None:
+    """Say which kernel every quantized layer really runs in; exit 1 if one is in float."""
+    if not _audit(Bundle.open(bundle), backend, threads, loop, json_file):
+        raise click.exceptions.Exit(1)
+
+
+@app.command()
+@BUNDLE
+def verify(bundle: Path) -> None:
+    """Hash every file of a bundle."""
+    count = Bundle.open(bundle).verify()
+    click.echo(f"{bundle}: {count} files verified")
+
+
+@app.command()
+@BUNDLE
+@JSON
+def inspect(bundle: Path, json_file: Path | None) -> None:
+    """Show what a bundle holds."""
+    manifest = Bundle.open(bundle).manifest
+    _write_json(json_file, manifest.model_dump(mode="json"))
+    model, recipe = manifest.model, manifest.recipe
+    layers = manifest.quantization.layers if manifest.quantization is not None else ()
+    table = Table(show_header=False, box=None)
+    rows = {
+        "model": f"{model.source} ({model.architecture}, {model.parameters / 1e6:.1f} M parameters, "
+        f"{model.temporal_parameters / 1e6:.1f} M of them temporal)",
+        "samples": f"{'x'.join(map(str, model.sample_shape))}, {model.num_classes} classes",
+        "schedule": f"{recipe.sampler}, {recipe.steps} steps, guidance {recipe.guidance}",
+        "quantization": f"{recipe.scheme} by {recipe.method}, {len(layers)} layers",
+        "cache": f"{recipe.cache}, interval {recipe.interval}, {len(model.slots)} slots",
+        "graphs": ", ".join(f"{graph.target}/{graph.name}" for graph in manifest.graphs) or "none",
+        "reports": ", ".join(manifest.reports) or "none",
+        "size": f"{sum(e.size for e in manifest.files.values()) / 2**20:.1f} MiB",
+        "classes": ", ".join(f"{i} {name}" for i, name in enumerate(model.classes)),
+    }
+    for key, value in rows.items():
+        if value:
+            table.add_row(key, value)
+    Console(soft_wrap=True).print(table)
+
+
+def _load(source: str) -> LoadedModel:
+    """Load a model, or say which extra does."""
+    from ditcast.errors import optional
+
+    for module in ("torch", "diffusers", "onnx", "onnx_graphsurgeon", "onnxscript"):
+        optional(module, "compile")
+    from ditcast.models import load
+
+    return load(source)
+
+
+def _start(
+    model: str, output: Path, recipe_file: Path | None, flags: dict[str, Any]
+) -> tuple[Bundle, LoadedModel]:
+    """The recipe, the model, and the bundle to be filled."""
+    given = {key: value for key, value in flags.items() if value is not None}
+    recipe = load_recipe(recipe_file, given)
+    loaded = _load(model)
+    from ditcast.models.base import describe
+
+    return Bundle.create(output, describe(loaded, recipe)), loaded
+
+
+def _calibrate(bundle: Bundle, loaded: LoadedModel) -> None:
+    from ditcast.calibrate import calibrate
+
+    calibrate(bundle, loaded)
+
+
+def _export(bundle: Bundle, loaded: LoadedModel) -> None:
+    from ditcast.export import to_onnx
+
+    to_onnx(bundle, loaded)
+
+
+def _audit(
+    bundle: Bundle, backend: str, threads: int, loop: str, json_file: Path | None
+) -> bool:
+    """Print the audit; whether every quantized layer is in an integer kernel."""
+    from ditcast.runtime.audit import audit
+    from ditcast.runtime.backends import make_backend
+
+    found = audit(bundle, make_backend(backend, threads), loop)
+    _write_json(json_file, found.as_json())
+    for layer in found.lost:
+        click.echo(f"FLOAT {layer.layer}: {layer.kernel}")
+    counted = f"{len(found.layers) - len(found.lost)} of {len(found.layers)}"
+    click.echo(f"audit: {counted} quantized layers of {found.graph}.onnx run in integer kernels")
+    return not found.lost
+
+
+def _bench(
+    bundle: Bundle,
+    backend: str,
+    threads: int,
+    count: int | None,
+    steps: int | None,
+    seed: int,
+    json_file: Path | None,
+) -> None:
+    """Measure, print the table, and put JSON, pictures and page into the bundle."""
+    from ditcast.runtime.bench import announce, bench, summary
+    from ditcast.runtime.report import write_report
+
+    source = bundle.manifest.model.source
+    count = count or (1 if source.startswith("random:") else 128)
+    report = bench(
+        bundle, backend=backend, threads=threads, count=count, steps=steps, seed=seed
+    )
+    header, *rows = summary(report)
+    table = Table(*header)
+    for row in rows:
+        table.add_row(*row)
+    announce(report)
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    page = write_report(bundle, report)
+    figures = {key: value for key, value in report.items() if key != "shown"}
+    _write_json(json_file, figures)
+    if page is not None:
+        click.echo(f"report: {page}")
+
+
+def _labels(text: str, classes: tuple[str, ...]) -> list[int]:
+    """Class numbers from "3,5" or names."""
+    found = []
+    for part in filter(None, text.split(",")):
+        if part in classes:
+            found.append(classes.index(part))
+        elif part.lstrip("-").isdigit():
+            found.append(int(part))
+        else:
+            names = f" or a name, such as {classes[0]}" if classes else ""
+            raise ConfigError(f"labels: got {part!r}, expected class numbers{names}")
+    return found
+
+
+def _write_json(path: Path | None, values: dict[str, Any]) -> None:
+    if path is not None:
+        path.write_text(json.dumps(values, indent=1) + "\n")
+
+
+def _join_labels(arguments: list[str]) -> list[str]:
+    """`--labels 3 5` as `--labels 3,5`: click options take one value each."""
+    found: list[str] = []
+    inside = False
+    for argument in arguments:
+        if inside and not (argument.startswith("-") and not argument[1:].isdigit()):
+            found[-1] += "," * bool(found[-1]) + argument
+            continue
+        inside = argument == "--labels"
+        found += [argument, ""] if inside else [argument]
+    return found
+
+
+def main() -> None:
+    """Run a command: exit 0 done, 1 a check failed, 2 wrong usage or input, in one line."""
+    try:
+        code = app.main(_join_labels(sys.argv[1:]), prog_name="ditcast", standalone_mode=False)
+    except DitcastError as err:
+        sys.exit(_fail(str(err)))
+    except click.ClickException as err:
+        sys.exit(_fail(err.format_message()))
+    except OSError as err:
+        sys.exit(_fail(f"{err.filename or 'file'}: {err.strerror or err}"))
+    except (click.Abort, KeyboardInterrupt):
+        sys.exit(_fail("interrupted; run the same command again to resume"))
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(message: str) -> int:
+    print("ditcast: error: " + " ".join(message.split()), file=sys.stderr)
+    return 2
