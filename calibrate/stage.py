@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,12 +16,13 @@ from torch import Tensor, nn
 
 from ditcast.bundle import Bundle, Layer, Quantization
 from ditcast.calibrate import qparams
-from ditcast.calibrate.ranges import OBSERVERS, Observer, State, weight_scale
+from ditcast.calibrate.ranges import LEVELS, OBSERVERS, Observer, State, weight_scale
 from ditcast.calibrate.trajectory import sample
 from ditcast.errors import BundleError, ConfigError
 from ditcast.models import LoadedModel
-from ditcast.progress import say, track
+from ditcast.progress import counting, say
 from ditcast.recipe import Recipe
+from ditcast.sampling import coefficients
 from ditcast.schedule import from_config
 
 SCALES = "calibration/scales.safetensors"
@@ -48,7 +49,7 @@ def calibrate(bundle: Bundle, model: LoadedModel) -> None:
     observer = OBSERVERS[recipe.method]
     found = {
         name: qparams.LayerScales(
-            activation=float(np.float32(observer.bound(states[name], recipe.percentile) / 127)),
+            activation=_scale(observer.bound(states[name], recipe.percentile)),
             weight=weight_scale(linear.weight.data, recipe.method),
         )
         for name, linear in chosen.items()
@@ -65,7 +66,23 @@ def calibrate(bundle: Bundle, model: LoadedModel) -> None:
         calibration_s=round(time.perf_counter() - started, 3),
     )
     bundle.commit({"quantization": quantization}, replaces="calibration/")
-    (bundle.scratch("calibration") / "states.safetensors").unlink(missing_ok=True)
+    bundle.clear("calibration")
+
+
+def check(model: LoadedModel, recipe: Recipe) -> None:
+    """Refuse a recipe that does not fit the model, before a bundle is started.
+
+    Raises:
+        ConfigError: rules that do not fit its layers, or more steps than it was trained on.
+        UnsupportedError: a noise schedule that is not implemented for this sampler.
+    """
+    coefficients(from_config(model.scheduler), recipe.sampler, recipe.steps)
+    qparams.select(list(model.adapter.linears()), recipe.layer_rules())
+
+
+def _scale(bound: float) -> float:
+    """The scale of a symmetric 8-bit range, as float32; not zero where a layer sees only zeros."""
+    return float(np.float32(max(bound, 1e-12) / LEVELS))
 
 
 def draw_labels(recipe: Recipe, num_classes: int) -> list[int]:
@@ -86,39 +103,48 @@ def _collect(
     if done:
         say(f"calibrating: resuming after {done} of {recipe.samples} trajectories")
     schedule = from_config(model.scheduler)
-    for first in track(batches, "calibrating", len(batches)):
-        last = min(first + recipe.batch, recipe.samples)
-        with _observing(chosen, observer, states) as step:
-            sample(
-                model.adapter,
-                schedule,
-                sampler=recipe.sampler,
-                steps=recipe.steps,
-                guidance=recipe.guidance,
-                seed=recipe.seed,
-                indices=range(first, last),
-                labels=labels[first:last],
-                callback=lambda done: step.__setitem__(0, done + 1),
-            )
-        for name in chosen:
-            states[name] = observer.end_batch(states[name])
-        _save(progress, bundle.manifest.fingerprint(), states, last)
+    with counting("calibrating", len(batches) * recipe.steps) as advance:
+        for first in batches:
+            last = min(first + recipe.batch, recipe.samples)
+            with _observing(chosen, observer, states, advance) as callback:
+                sample(
+                    model.adapter,
+                    schedule,
+                    sampler=recipe.sampler,
+                    steps=recipe.steps,
+                    guidance=recipe.guidance,
+                    seed=recipe.seed,
+                    indices=range(first, last),
+                    labels=labels[first:last],
+                    callback=callback,
+                )
+            for name in chosen:
+                states[name] = observer.end_batch(states[name])
+            _save(progress, bundle.manifest.fingerprint(), states, last)
     return states
 
 
 @contextlib.contextmanager
 def _observing(
-    linears: dict[str, nn.Linear], observer: Observer, states: dict[str, State]
-) -> Iterator[list[int]]:
-    """While active, every input of the Linears goes to the observer; yields the step at hand."""
-    step = [0]
+    linears: dict[str, nn.Linear],
+    observer: Observer,
+    states: dict[str, State],
+    advance: Callable[[], None],
+) -> Iterator[Callable[[int], None]]:
+    """While active, every input of the Linears goes to the observer; yields the step callback."""
+    current = 0
+
+    def next_step(done: int) -> None:
+        nonlocal current
+        current = done + 1
+        advance()
 
     def watch(name: str, linear: nn.Linear) -> torch.utils.hooks.RemovableHandle:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             del module
             if not bool(torch.isfinite(args[0]).all()):
                 raise ConfigError(
-                    f"calibration: NaN or Inf in the input of layer {name} at step {step[0]}; "
+                    f"calibration: NaN or Inf in the input of layer {name} at step {current}; "
                     "the model overflows with this sampler and guidance, try other values"
                 )
             states[name] = observer.observe(states[name], args[0])
@@ -127,7 +153,7 @@ def _observing(
 
     hooks = [watch(name, linear) for name, linear in linears.items()]
     try:
-        yield step
+        yield next_step
     finally:
         for hook in hooks:
             hook.remove()

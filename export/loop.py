@@ -160,10 +160,12 @@ class _Builder:
 
     def loop(self, scope: _Scope, body: _Scope, trips: str, x: str, carried: str) -> str:
         """A `Loop` node of `trips` iterations that carries the sample."""
-        shape = ["n", *self.spec.sample_shape]
+        shape: list[str | int] = ["n", *self.spec.sample_shape]
         keep = f"{body.name}/continue"
         body.nodes.append(
-            helper.make_node("Identity", [f"{body.name}/condition"], [keep], name=f"{keep}/Identity")
+            helper.make_node(
+                "Identity", [f"{body.name}/condition"], [keep], name=f"{keep}/Identity"
+            )
         )
         graph = helper.make_graph(
             body.nodes,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
 import onnx_graphsurgeon as gs
+from torch import Tensor
 
 from ditcast.calibrate.qparams import LayerScales, QParams
 from ditcast.calibrate.ranges import weight_codes
@@ -24,7 +26,9 @@ class Encoding(NamedTuple):
 ENCODINGS: dict[str, Encoding] = {"onnxruntime": Encoding(np.uint8, 128)}
 
 
-def insert_qdq(graph: gs.Graph, qparams: QParams, target: str, weights: dict[str, object]) -> None:
+def insert_qdq(
+    graph: gs.Graph, qparams: QParams, target: str, weights: Mapping[str, Tensor]
+) -> None:
     """Quantize every layer of `qparams` in place: input per tensor, weight per output channel.
 
     `weights` maps layer names to torch weights (O, I). The bias becomes an Add of a [1,1,O]
@@ -70,9 +74,9 @@ def _activation(
     return restored
 
 
-def _weight(graph: gs.Graph, layer: str, scales: LayerScales, weight: object) -> gs.Variable:
+def _weight(graph: gs.Graph, layer: str, scales: LayerScales, weight: Tensor) -> gs.Variable:
     """DequantizeLinear of the layer's integer weight, stored as (I, O)."""
-    codes = weight_codes(weight, scales.weight).numpy().astype(np.int8)  # type: ignore[arg-type]
+    codes = weight_codes(weight, scales.weight).numpy().astype(np.int8)
     restored = gs.Variable(f"{layer}/weight", dtype=np.float32)
     graph.nodes.append(
         gs.Node(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -144,9 +143,7 @@ def _write_target(
         store.save_proto(sampler_graph(_loop_spec(bundle, model, parts)), folder / "sampler.onnx")
 
 
-def _loop_spec(
-    bundle: Bundle, model: LoadedModel, parts: dict[str, onnx.ModelProto]
-) -> LoopSpec:
+def _loop_spec(bundle: Bundle, model: LoadedModel, parts: dict[str, onnx.ModelProto]) -> LoopSpec:
     recipe, adapter = bundle.manifest.recipe, model.adapter
     schedule = from_config(model.scheduler)
     return LoopSpec(

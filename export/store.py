@@ -45,11 +45,11 @@ class WeightStore:
     def add(self, name: str, array: NDArray[Any]) -> onnx.TensorProto:
         """Append a tensor, unless an equal one is there, and return the reference to it."""
         data = np.ascontiguousarray(array)
-        key = hashlib.sha256(memoryview(data).cast("B")).digest()
+        key = hashlib.sha256(data.data.cast("B")).digest()
         if key not in self._known:
             self._file.seek(-self._file.tell() % ALIGNMENT, 1)
             self._known[key] = (self._file.tell(), data.nbytes)
-            self._file.write(memoryview(data).cast("B"))
+            self._file.write(data.data.cast("B"))
         offset, length = self._known[key]
         kind = onnx.helper.np_dtype_to_tensor_dtype(data.dtype)
         return reference(name, kind, data.shape, offset, length)

@@ -90,6 +90,7 @@ def trace(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch's own use of LeafSpec
         warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.filterwarnings("ignore", "# The axis name")  # several inputs share N on purpose
         program = torch.onnx.export(
             module,
             tuple(arguments),
@@ -134,9 +135,9 @@ def _to_graphsurgeon(model: onnx_ir.Model) -> gs.Graph:
         tensor = value.const_value
         assert tensor is not None
         if tensor.nbytes > _BIG:
-            arrays[name] = tensor.numpy()
+            array = arrays[name] = tensor.numpy()
             value.const_value = onnx_ir.ExternalTensor(
-                "-", 0, tensor.nbytes, tensor.dtype, shape=tensor.shape, name=name
+                "-", 0, tensor.nbytes, tensor.dtype, shape=onnx_ir.Shape(array.shape), name=name
             )
     graph = gs.import_onnx(onnx_ir.to_proto(model))
     tensors = graph.tensors()

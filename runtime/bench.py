@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from ditcast.bundle import Bundle
 from ditcast.errors import DitcastError
-from ditcast.progress import say, track
+from ditcast.progress import counting, say
 from ditcast.runtime import images, machine
 from ditcast.runtime.backends import make_backend
 from ditcast.runtime.pipeline import Pipeline, Step
@@ -61,7 +61,7 @@ class Variant:
             seed=seed,
             first=first,
             guidance=guidance,
-            steps=steps or self.steps,
+            steps=self.steps if steps is None else steps,
             cache=self.cache,
             spacing=self.spacing,
             callback=watch,
@@ -73,6 +73,10 @@ class Variant:
         """A few steps of one batch, of both kinds, whose times do not count."""
         few = min(self.steps, self.pipeline.recipe.interval + 1)
         self.timed(labels, 0, 0, guidance, few)
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop all times so far."""
         self.image_ms.clear()
         self.step_ms.clear()
 
@@ -92,19 +96,20 @@ def bench(
     values; the images that the page shows are under `"shown"` as `(n, C, H, W)` arrays.
     """
     recipe, model = bundle.manifest.recipe, bundle.manifest.model
-    steps = steps or recipe.steps
+    steps = recipe.steps if steps is None else steps
     variants = _variants(bundle, backend, threads, steps)
     labels = [i % model.num_classes for i in range(count)]
     batches = [labels[i : i + recipe.batch] for i in range(0, count, recipe.batch)]
     for variant in variants:
         variant.warm_up(batches[0], recipe.guidance)
     random_weights = model.source.startswith("random:")
-    if not random_weights:  # of random weights no number of steps makes a better image
+    if len(variants) > 1 and not random_weights:  # random weights make no image to compare
         variants.append(_fewer_steps(variants, batches[0], recipe.guidance, seed))
-    rounds = list(enumerate(batches))
-    for i, batch in track(rounds, "measuring", len(rounds)):
-        for variant in variants:
-            variant.run(batch, seed, i * recipe.batch, recipe.guidance)
+    with counting("measuring", len(batches) * len(variants)) as advance:
+        for i, batch in enumerate(batches):
+            for variant in variants:
+                variant.run(batch, seed, i * recipe.batch, recipe.guidance)
+                advance()
     reference = variants[0]
     rows = [_row(variant, reference, bundle) for variant in variants]
     for row, variant in zip(rows, variants, strict=True):
@@ -126,9 +131,7 @@ def bench(
             "seed": seed,
         },
         "variants": rows,
-        "shown": {
-            variant.name: np.concatenate(variant.samples)[:SHOWN] for variant in variants
-        },
+        "shown": {variant.name: np.concatenate(variant.samples)[:SHOWN] for variant in variants},
     }
 
 
@@ -148,20 +151,17 @@ def _variants(bundle: Bundle, backend: str, threads: int, steps: int) -> list[Va
     return found
 
 
-def _fewer_steps(
-    variants: list[Variant], batch: list[int], guidance: float, seed: int
-) -> Variant:
+def _fewer_steps(variants: list[Variant], batch: list[int], guidance: float, seed: int) -> Variant:
     """The honest rival: full precision with as many steps as the fastest variant has time for.
 
     Its timestep spacing is the one with the best paired PSNR on the first batch.
     """
-    reference = variants[0]
-    times = []
-    for variant in (reference, variants[-1]):
+    reference, fastest = variants[0], variants[-1]
+    for variant in (reference, fastest) * 2:
         variant.timed(batch, seed, 0, guidance)
-        times.append(variant.image_ms.pop())
-        variant.step_ms.clear()
-    steps = max(1, min(reference.steps, round(reference.steps * times[1] / times[0])))
+    ratio = min(fastest.image_ms) / min(reference.image_ms)
+    fastest.forget()
+    steps = max(1, min(reference.steps, round(reference.steps * ratio)))
     wanted = images.to_unit(reference.timed(batch, seed, 0, guidance))
     best, spacing = -1.0, SPACINGS[0]
     for candidate in SPACINGS:
@@ -170,8 +170,7 @@ def _fewer_steps(
         median = float(np.median(images.psnr_db(found, wanted)))
         if median > best:
             best, spacing = median, candidate
-    reference.image_ms.clear()
-    reference.step_ms.clear()
+    reference.forget()
     return Variant(f"{steps} steps", reference.pipeline, "none", steps, spacing)
 
 
@@ -230,7 +229,16 @@ def _peak_memory_mib(bundle: Bundle, variant: Variant, backend: str, threads: in
 
 def summary(report: dict[str, Any]) -> list[list[str]]:
     """The report as a table: a header and one row of cells per variant."""
-    header = ["variant", "full steps", "ms / image", "speed-up", "PSNR dB", "SSIM", "MiB", "peak MiB"]
+    header = [
+        "variant",
+        "full steps",
+        "ms / image",
+        "speed-up",
+        "PSNR dB",
+        "SSIM",
+        "MiB",
+        "peak MiB",
+    ]
     rows = [header]
     for row in report["variants"]:
         exact = row is report["variants"][0]

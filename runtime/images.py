@@ -26,9 +26,7 @@ def grid(samples: NDArray[np.float32], columns: int = 0) -> Image.Image:
     columns = columns or math.ceil(math.sqrt(n))
     rows = math.ceil(n / columns)
     gap = 2
-    sheet = np.full(
-        (rows * (height + gap) - gap, columns * (width + gap) - gap, 3), 255, np.uint8
-    )
+    sheet = np.full((rows * (height + gap) - gap, columns * (width + gap) - gap, 3), 255, np.uint8)
     for i, image in enumerate(np.rint(to_unit(samples) * 255).astype(np.uint8)):
         top, left = i // columns * (height + gap), i % columns * (width + gap)
         sheet[top : top + height, left : left + width] = image.transpose(1, 2, 0)
@@ -47,7 +45,7 @@ def check_output(path: Path) -> None:
         raise ConfigError(f"output: no folder {path.parent}; create it first")
 
 
-def save(samples: NDArray[np.float32], path: Path, scale: int = 1) -> None:
+def save(samples: NDArray[np.float32], path: Path, scale: int = 1, *, columns: int = 0) -> None:
     """Write a `.png` grid, enlarged `scale` times, or the samples themselves as `.npy`.
 
     Raises:
@@ -62,7 +60,7 @@ def save(samples: NDArray[np.float32], path: Path, scale: int = 1) -> None:
             f"output: samples have {samples.shape[1]} channels (latents without a decoder), a "
             f".png needs 3; write them with -o {path.with_suffix('.npy')}"
         )
-    picture = grid(samples)
+    picture = grid(samples, columns)
     size = (picture.width * scale, picture.height * scale)
     picture.resize(size, Image.Resampling.NEAREST).save(path)
 
@@ -70,7 +68,8 @@ def save(samples: NDArray[np.float32], path: Path, scale: int = 1) -> None:
 def psnr_db(images: NDArray[np.float32], paired: NDArray[np.float32]) -> NDArray[np.float64]:
     """PSNR per image of `(n, C, H, W)` in [0, 1] against its pair, capped at 100 dB."""
     error = np.square(images.astype(np.float64) - paired).mean(axis=(1, 2, 3))
-    return -10 * np.log10(np.maximum(error, 10 ** (-PSNR_CAP / 10)))
+    found: NDArray[np.float64] = -10 * np.log10(np.maximum(error, 10 ** (-PSNR_CAP / 10)))
+    return found
 
 
 def ssim(images: NDArray[np.float32], paired: NDArray[np.float32]) -> NDArray[np.float64] | None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 INTEGER_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "amx_bf16")
-PACKAGES = ("ditcast", "numpy", "onnxruntime", "pydantic", "safetensors")
+PACKAGES = ("ditcast", "numpy", "onnxruntime", "pillow", "pydantic", "safetensors")
 
 
 def cores() -> int:
@@ -20,7 +20,14 @@ def cores() -> int:
 
 
 def peak_memory_mib() -> float:
-    """Peak resident memory of this process so far, in MiB."""
+    """Peak resident memory of this process so far, in MiB.
+
+    Linux hands `ru_maxrss` down to child processes; `VmHWM` is the process's own.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
+        return int(fields["VmHWM"].split()[0]) / 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
@@ -34,9 +41,7 @@ def describe() -> dict[str, Any]:
         "cpu": fields.get("model name", platform.processor()),
         "cpu_flags": [flag for flag in INTEGER_FLAGS if flag in flags],
         "cores": cores(),
-        "memory_gib": round(
-            os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1
-        ),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},

@@ -6,7 +6,7 @@ import dataclasses
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,7 +29,8 @@ Samples = NDArray[np.float32]
 Loop = Literal["host", "graph"]
 
 
-class Step(NamedTuple):
+@dataclasses.dataclass(frozen=True, eq=False)
+class Step:
     """What a callback sees after each step of the host loop."""
 
     index: int
@@ -68,7 +69,7 @@ class Pipeline:
         """The step plan of a request; another number of steps than the recipe's is fine here."""
         return make_plan(
             cache or self.recipe.cache,
-            steps=steps or self.recipe.steps,
+            steps=self.recipe.steps if steps is None else steps,
             interval=self.recipe.interval,
             slots=len(self.model.slots),
         )
@@ -97,7 +98,11 @@ class Pipeline:
         """
         self._check_labels(labels)
         guidance = self.recipe.guidance if guidance is None else guidance
+        if not 0 <= guidance < float("inf"):
+            raise ConfigError(f"guidance: got {guidance}, expected a number from 0")
         steps = self.recipe.steps if steps is None else steps
+        self.schedule.timesteps(steps)  # refuses a bad number of steps before any work is done
+        plan = self.plan(steps, cache)
         noises = steps if needs_noise(self.recipe.sampler) else 0
         shape = self.model.sample_shape
         drawn = [draw_noise(seed, first + i, shape, noises) for i in range(len(labels))]
@@ -105,9 +110,7 @@ class Pipeline:
         if loop == "graph":
             self._check_graph_loop(steps, cache, spacing, callback)
             return self._graph_loop(labels, noise, guidance)
-        return self._host_loop(
-            labels, noise, guidance, self.plan(steps, cache), spacing, callback
-        )
+        return self._host_loop(labels, noise, guidance, plan, spacing, callback)
 
     def features(
         self, labels: Sequence[int], timesteps: NDArray[np.int64], guided: bool
@@ -135,7 +138,7 @@ class Pipeline:
         steps, n, channels = len(plan.full), len(labels), self.model.sample_shape[0]
         features, rows = self.features(labels, schedule.timesteps(steps), guidance > 1)
         caches: deque[dict[str, Any]] = deque(maxlen=plan.history)
-        x = noise[0]
+        x: Samples = noise[0]
         for step, row in enumerate(coefficients(schedule, self.recipe.sampler, steps).tolist()):
             feeds = {
                 "sample": np.tile(x, (len(rows) // n, 1, 1, 1)),

@@ -120,7 +120,7 @@ def main() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         data = build(folder)
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    np.savez_compressed(args.output, **data)
+    np.savez_compressed(args.output, allow_pickle=False, **data)
     held = int(data["held_out"].sum())
     total, classes = len(data["images"]), len(data["classes"])
     print(f"{args.output}: {total - held} train + {held} held-out pictures in {classes} classes")

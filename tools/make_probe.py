@@ -9,6 +9,7 @@ on both sides the exact result is 255 * 127 * 64; a saturating kernel gives abou
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -21,7 +22,7 @@ PATH = Path(__file__).parent.parent / "runtime" / "backends" / "probe.onnx"
 def main() -> None:
     """Write the model."""
     one, zero = np.float32(1), np.uint8(0)
-    constants = {
+    constants: dict[str, Any] = {
         "scale": one,
         "zero_point": zero,
         "codes": np.full((INNER, OUTER), 127, np.int8),

@@ -58,7 +58,8 @@ def picture_weights(labels: NDArray[Any], emoji: NDArray[Any]) -> NDArray[np.flo
         inside = labels == label
         names, index, counts = np.unique(emoji[inside], return_inverse=True, return_counts=True)
         weights[inside] = np.sqrt(len(names)) / (len(names) * counts[index])
-    return weights / weights.sum()
+    shares: NDArray[np.float64] = weights / weights.sum()
+    return shares
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
@@ -155,7 +156,7 @@ class Run:
             inside = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
             module.load_state_dict(inside)
         for name, value in self.model.named_parameters():
-            keys = [key for key in ("step", "exp_avg", "exp_avg_sq")]
+            keys = ("step", "exp_avg", "exp_avg_sq")
             self.optimizer.state[value] = {key: tensors[f"adam.{key}.{name}"] for key in keys}
 
 

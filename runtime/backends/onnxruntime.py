@@ -60,11 +60,13 @@ class OnnxRuntimeBackend:
         """Use `threads` threads, 0 for one per core; finds out how this CPU multiplies integers.
 
         Raises:
-            ConfigError: more threads than cores.
+            ConfigError: more threads than cores, or fewer than none.
             UnsupportedError: integer products are wrong on this CPU in every mode.
         """
-        if threads > cores():
-            raise ConfigError(f"threads: got {threads}, expected at most {cores()}, one per core")
+        if not 0 <= threads <= cores():
+            raise ConfigError(
+                f"threads: got {threads}, expected 1 to {cores()}, or 0 for one per core"
+            )
         self.threads = threads or cores()
         self.precise = False
         if not self._multiplies_exactly():
@@ -84,7 +86,7 @@ class OnnxRuntimeBackend:
         return options
 
     def _multiplies_exactly(self) -> bool:
-        """Whether the largest u8 and s8 codes give the exact product (see `tools/make_probe.py`)."""
+        """Whether the largest u8 and s8 codes give the exact product: `tools/make_probe.py`."""
         session = OnnxRuntimeSession(PROBE, self._options())
         found = session.run({"x": np.full((1, 32, 64), 255, np.float32)}, ["y"])["y"]
         return bool((found == 255 * 127 * 64).all())

@@ -126,6 +126,7 @@ class Bundle:
         """Use `open` or `create`."""
         self.path = path
         self.manifest = manifest
+        self._staging = False  # whether what lies staged is of this object
 
     @classmethod
     def open(cls, path: Path) -> Bundle:
@@ -133,17 +134,24 @@ class Bundle:
 
         Raises:
             BundleError: no bundle, a damaged or newer manifest, a path that leaves the bundle,
-                a missing file or one of another size.
+                a link, a missing file or one of another size.
         """
         if not (path / MANIFEST).is_file() and not (path / STAGING / MANIFEST).is_file():
             raise BundleError(
-                f"bundle: no {MANIFEST} in {path}; make a bundle with: ditcast compile MODEL -o {path}"
+                f"bundle: no {MANIFEST} in {path}; "
+                f"make a bundle with: ditcast compile MODEL -o {path}"
             )
+        for found in path.rglob("*"):
+            if found.is_symlink():
+                raise BundleError(
+                    f"bundle: {found} is a link, which can lead out of the bundle; "
+                    "put what it points to in its place"
+                )
         _roll_forward(path)
         bundle = cls(path, _read_manifest(path / MANIFEST))
         for name, entry in bundle.manifest.files.items():
             found = bundle.file(name)
-            size = found.stat().st_size if found.is_file() and not found.is_symlink() else None
+            size = found.stat().st_size if found.is_file() else None
             if size != entry.size:
                 got = "no regular file" if size is None else f"{size} bytes"
                 raise BundleError(
@@ -170,6 +178,7 @@ class Bundle:
             raise BundleError(f"bundle: {path} holds other files; give an empty directory to -o")
         path.mkdir(parents=True, exist_ok=True)
         bundle = cls(path, manifest)
+        bundle.clear()
         bundle.commit({})
         return bundle
 
@@ -179,6 +188,9 @@ class Bundle:
 
     def staged(self, name: str) -> Path:
         """Where to write the new version of file `name` before `commit`."""
+        if not self._staging:
+            self.clear()
+            self._staging = True
         target = self.path / STAGING / "new" / name
         target.parent.mkdir(parents=True, exist_ok=True)
         return target
@@ -189,9 +201,11 @@ class Bundle:
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
-    def clear(self) -> None:
-        """Forget what an interrupted run staged but never committed."""
-        shutil.rmtree(self.path / STAGING / "new", ignore_errors=True)
+    def clear(self, stage: str = "new") -> None:
+        """Forget what an interrupted run staged but never committed, or a stage's scratch."""
+        _roll_forward(self.path)  # unless it was committed
+        shutil.rmtree(self.path / STAGING / stage, ignore_errors=True)
+        _remove_if_empty(self.path / STAGING)
 
     def commit(self, update: dict[str, Any], replaces: str = "") -> None:
         """Make the staged files part of the bundle, together with new manifest sections.
@@ -199,6 +213,9 @@ class Bundle:
         `replaces` is a path prefix (such as `graphs/`): files under it that were not staged
         again leave the bundle.
         """
+        if not self._staging:
+            self.clear()
+        self._staging = False
         new = self.path / STAGING / "new"
         staged = sorted(p for p in new.rglob("*") if p.is_file()) if new.is_dir() else []
         files = {
@@ -287,10 +304,16 @@ def _roll_forward(path: Path) -> None:
         staged.replace(target)
     previous = path / MANIFEST
     held = set(_read_manifest(previous).files) if previous.is_file() else set()
-    journal.replace(previous)
-    shutil.rmtree(new, ignore_errors=True)
     for name in held - set(manifest.files):
         (path / name).unlink(missing_ok=True)
+    journal.replace(previous)
+    shutil.rmtree(new, ignore_errors=True)
+    _remove_if_empty(path / STAGING)
+
+
+def _remove_if_empty(folder: Path) -> None:
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
 
 
 def _read_manifest(path: Path) -> Manifest:

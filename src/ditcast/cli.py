@@ -29,7 +29,9 @@ OUTPUT = click.option("-o", "--output", required=True, type=click.Path(path_type
 BACKEND = click.option("--backend", default="onnxruntime", show_default=True, help="runtime")
 THREADS = click.option("--threads", default=0, show_default=True, help="0 is one per core")
 JSON = click.option("--json", "json_file", type=click.Path(path_type=Path), help="write figures")
-LOOP = click.option("--loop", type=click.Choice(["host", "graph"]), default="host", show_default=True)
+LOOP = click.option(
+    "--loop", type=click.Choice(["host", "graph"]), default="host", show_default=True
+)
 IMAGES = click.option(
     "--images", type=click.IntRange(1), help="how many to measure on  [default: 128; random: 1]"
 )
@@ -142,7 +144,7 @@ def sample(
 
     import numpy as np
 
-    from ditcast.progress import track
+    from ditcast.progress import counting
     from ditcast.runtime import Pipeline, images, machine
 
     images.check_output(output)
@@ -151,18 +153,22 @@ def sample(
     size = pipeline.recipe.batch
     starts = range(0, len(numbers), size)
     started = time.perf_counter()
-    found = [
-        pipeline.sample(
-            numbers[i : i + size],
-            seed=seed,
-            first=i,
-            guidance=guidance,
-            steps=steps,
-            cache=cache,
-            loop=loop,
-        )
-        for i in track(starts, "sampling", len(starts))
-    ]
+    found = []
+    # The graph loop shows nothing between its start and its end.
+    pieces = len(starts) * (1 if loop == "graph" else steps or pipeline.recipe.steps)
+    with counting("sampling", pieces) as advance:
+        for i in starts:
+            batch = pipeline.sample(
+                numbers[i : i + size],
+                seed=seed,
+                first=i,
+                guidance=guidance,
+                steps=steps,
+                cache=cache,
+                loop=loop,
+                callback=None if loop == "graph" else lambda step: advance(),
+            )
+            found.append(batch)
     seconds = time.perf_counter() - started
     images.save(np.concatenate(found), output, scale)
     _write_json(
@@ -229,7 +235,8 @@ def inspect(bundle: Path, json_file: Path | None) -> None:
     layers = manifest.quantization.layers if manifest.quantization is not None else ()
     table = Table(show_header=False, box=None)
     rows = {
-        "model": f"{model.source} ({model.architecture}, {model.parameters / 1e6:.1f} M parameters, "
+        "model": f"{model.source} ({model.architecture}, "
+        f"{model.parameters / 1e6:.1f} M parameters, "
         f"{model.temporal_parameters / 1e6:.1f} M of them temporal)",
         "samples": f"{'x'.join(map(str, model.sample_shape))}, {model.num_classes} classes",
         "schedule": f"{recipe.sampler}, {recipe.steps} steps, guidance {recipe.guidance}",
@@ -264,8 +271,10 @@ def _start(
     given = {key: value for key, value in flags.items() if value is not None}
     recipe = load_recipe(recipe_file, given)
     loaded = _load(model)
+    from ditcast.calibrate.stage import check
     from ditcast.models.base import describe
 
+    check(loaded, recipe)
     return Bundle.create(output, describe(loaded, recipe)), loaded
 
 
@@ -281,9 +290,7 @@ def _export(bundle: Bundle, loaded: LoadedModel) -> None:
     to_onnx(bundle, loaded)
 
 
-def _audit(
-    bundle: Bundle, backend: str, threads: int, loop: str, json_file: Path | None
-) -> bool:
+def _audit(bundle: Bundle, backend: str, threads: int, loop: str, json_file: Path | None) -> bool:
     """Print the audit; whether every quantized layer is in an integer kernel."""
     from ditcast.runtime.audit import audit
     from ditcast.runtime.backends import make_backend
@@ -312,9 +319,7 @@ def _bench(
 
     source = bundle.manifest.model.source
     count = count or (1 if source.startswith("random:") else 128)
-    report = bench(
-        bundle, backend=backend, threads=threads, count=count, steps=steps, seed=seed
-    )
+    report = bench(bundle, backend=backend, threads=threads, count=count, steps=steps, seed=seed)
     header, *rows = summary(report)
     table = Table(*header)
     for row in rows:
@@ -334,11 +339,13 @@ def _labels(text: str, classes: tuple[str, ...]) -> list[int]:
     for part in filter(None, text.split(",")):
         if part in classes:
             found.append(classes.index(part))
-        elif part.lstrip("-").isdigit():
+        elif part.removeprefix("-").isdecimal():
             found.append(int(part))
         else:
             names = f" or a name, such as {classes[0]}" if classes else ""
             raise ConfigError(f"labels: got {part!r}, expected class numbers{names}")
+    if not found:
+        raise ConfigError("labels: got none, expected at least one, such as --labels 3 5")
     return found
 
 
@@ -362,8 +369,9 @@ def _join_labels(arguments: list[str]) -> list[str]:
 
 def main() -> None:
     """Run a command: exit 0 done, 1 a check failed, 2 wrong usage or input, in one line."""
+    arguments = _join_labels(sys.argv[1:] or ["--help"])
     try:
-        code = app.main(_join_labels(sys.argv[1:]), prog_name="ditcast", standalone_mode=False)
+        code = app.main(arguments, prog_name="ditcast", standalone_mode=False)
     except DitcastError as err:
         sys.exit(_fail(str(err)))
     except click.ClickException as err:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
-from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from collections.abc import Callable, Iterator
 
 from rich.console import Console
-from rich.progress import track as rich_track
+from rich.progress import Progress
 
-T = TypeVar("T")
 LINE_EVERY_S = 10.0
 
 
@@ -19,16 +18,24 @@ def say(text: str) -> None:
     print(f"ditcast: {text}", file=sys.stderr, flush=True)
 
 
-def track(items: Iterable[T], what: str, total: int) -> Iterator[T]:
-    """Pass `items` on, showing how many of `total` are done and how long the rest takes."""
+@contextlib.contextmanager
+def counting(what: str, total: int) -> Iterator[Callable[[], None]]:
+    """Yield a function to call after each of `total` pieces of work; shows how long is left."""
     if sys.stderr.isatty():
-        yield from rich_track(items, what, total, console=Console(stderr=True), transient=True)
+        with Progress(console=Console(stderr=True), transient=True) as progress:
+            task = progress.add_task(what, total=total)
+            yield lambda: progress.advance(task)
         return
     started = shown = time.monotonic()
-    for done, item in enumerate(items):
-        yield item
+    done = 0
+
+    def advance() -> None:
+        nonlocal done, shown
+        done += 1
         now = time.monotonic()
         if now - shown >= LINE_EVERY_S:
-            left = (now - started) / (done + 1) * (total - done - 1)
-            say(f"{what}: {done + 1}/{total}, {left:.0f} s left")
+            left = (now - started) / done * (total - done)
+            say(f"{what}: {done} of {total} done, {left:.0f} s left")
             shown = now
+
+    yield advance

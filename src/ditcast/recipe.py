@@ -8,7 +8,6 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from ditcast.cache import POLICIES
 from ditcast.errors import ConfigError
 
 Method = Literal["absmax", "minmax", "percentile", "mse"]
@@ -29,7 +28,10 @@ class Rule(BaseModel):
 
 # First and last layers stay in float; the TIB is not part of the denoiser graph at all.
 SCHEMES: dict[str, tuple[Rule, ...]] = {
-    "w8a8": (Rule(pattern="blocks.*", precision="int8"), Rule(pattern="final.*", precision="float")),
+    "w8a8": (
+        Rule(pattern="blocks.*", precision="int8"),
+        Rule(pattern="final.*", precision="float"),
+    ),
     "none": (Rule(pattern="*", precision="float"),),
 }
 
@@ -97,7 +99,7 @@ def load(path: Path | None, overrides: dict[str, Any]) -> Recipe:
         if not path.is_file():
             raise ConfigError(f"recipe: no file {path}; give a YAML file of recipe keys")
         try:
-            found = yaml.safe_load(path.read_text())
+            found = yaml.safe_load(path.read_bytes())
         except yaml.YAMLError as err:
             problem = " ".join(str(err).split())
             raise ConfigError(f"recipe: {path} is not YAML: {problem}") from err
@@ -118,6 +120,3 @@ def _explain(error: Any) -> str:
     if error["type"] == "value_error":
         return str(error["ctx"]["error"])
     return f"{key}: got {error['input']!r}; {error['msg'][0].lower()}{error['msg'][1:]}"
-
-
-assert set(POLICIES) == set(Recipe.model_fields["cache"].annotation.__args__)  # type: ignore[union-attr]

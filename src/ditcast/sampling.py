@@ -55,6 +55,7 @@ def coefficients(schedule: NoiseSchedule, sampler: str, steps: int) -> NDArray[n
         direction = np.sqrt(1 - after)
         rows = (c_x, c_o, np.sqrt(after), direction * e_x, direction * e_o, zero)
         return np.stack(rows, axis=1).astype(np.float32)
+    after = np.append(now[1:], 1.0)  # as diffusers: to the timestep that really comes next
     alpha = now / after
     variance = {
         "fixed_small": (1 - after) / (1 - now) * (1 - alpha),

@@ -55,12 +55,14 @@ class NoiseSchedule:
                 f"steps: got {steps}, expected 1 to {total} (the model's training timesteps)"
             )
         if self.spacing == "linspace":
-            found = np.linspace(0, total - 1, steps).round()[::-1]
+            found: NDArray[Any] = np.linspace(0, total - 1, steps).round()[::-1]
         elif self.spacing == "trailing":
-            found = np.round(np.arange(total, 0, -total / steps)) - 1
+            # The slice: for some numbers of steps, rounding makes `arange` one too long.
+            found = np.round(np.arange(total, 0, -total / steps)[:steps]) - 1
         else:
             found = (np.arange(steps) * (total // steps))[::-1] + self.steps_offset
-        return np.clip(found, 0, total - 1).astype(np.int64)
+        clipped: NDArray[np.int64] = np.clip(found, 0, total - 1).astype(np.int64)
+        return clipped
 
     def alpha_pairs(self, steps: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Cumulative alphas at each timestep and at the one it steps to, each `(steps,)`."""
@@ -83,7 +85,8 @@ def betas(config: Mapping[str, Any]) -> NDArray[np.float64]:
         return np.linspace(first**0.5, last**0.5, total) ** 2
     if kind == "squaredcos_cap_v2":
         bar = np.cos((np.arange(total + 1) / total + 0.008) / 1.008 * np.pi / 2) ** 2
-        return np.minimum(1 - bar[1:] / bar[:-1], 0.999)
+        capped: NDArray[np.float64] = np.minimum(1 - bar[1:] / bar[:-1], 0.999)
+        return capped
     raise UnsupportedError(
         f"scheduler: beta_schedule {kind!r} is not supported; "
         "expected linear, scaled_linear, squaredcos_cap_v2 or trained_betas"
@@ -118,7 +121,7 @@ def from_config(config: Mapping[str, Any]) -> NoiseSchedule:
             raise UnsupportedError(
                 f"scheduler: {key}={got!r} is not supported; expected {', '.join(expected)}"
             )
-    alphas = np.cumprod(1 - betas(values))
+    alphas = np.cumprod(1 - betas(values), dtype=np.float64)
     clip = float(values.get("clip_sample_range", 1.0)) if values.get("clip_sample", True) else None
     return NoiseSchedule(
         alphas_cumprod=alphas,

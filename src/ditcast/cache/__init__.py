@@ -18,8 +18,12 @@ def make_plan(policy: str, *, steps: int, interval: int, slots: int) -> StepPlan
     """The step plan of a policy for a trajectory of `steps` steps and a model with `slots` slots.
 
     Raises:
-        ConfigError: an interval longer than the trajectory.
+        ConfigError: no such policy, or an interval longer than the trajectory.
     """
+    if policy not in POLICIES:
+        raise ConfigError(
+            f"cache: unknown policy {policy!r}; expected one of {', '.join(POLICIES)}"
+        )
     if policy != "none" and interval > steps:
         raise ConfigError(
             f"interval: got {interval}, expected at most the number of steps ({steps}); "

@@ -77,7 +77,8 @@ class Attention(nn.Module):
         qkv = self.qkv(x).reshape(n, tokens, 3, self.heads, width // self.heads)
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (N, heads, S, D/heads)
         mixed = functional.scaled_dot_product_attention(query, key, value)
-        return self.proj(mixed.transpose(1, 2).reshape(n, tokens, width))  # type: ignore[no-any-return]
+        projected: Tensor = self.proj(mixed.transpose(1, 2).reshape(n, tokens, width))
+        return projected
 
 
 class Mlp(nn.Module):
@@ -93,7 +94,8 @@ class Mlp(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(N, S, D) -> (N, S, D)."""
         hidden = functional.gelu(self.fc1(x), approximate=self.approximate)
-        return self.fc2(hidden)  # type: ignore[no-any-return]
+        projected: Tensor = self.fc2(hidden)
+        return projected
 
 
 class Block(nn.Module):
@@ -133,13 +135,15 @@ class Denoiser(nn.Module):
         super().__init__()
         approximate = ACTIVATIONS[model.config.activation_fn]
         self.patch_embed = model.pos_embed
-        self.blocks = nn.ModuleList([Block(b, approximate) for b in model.transformer_blocks])
+        blocks = [Block(b, approximate) for b in model.transformer_blocks]
+        self.blocks: Any = nn.ModuleList(blocks)  # typed, iterating it gives no Block
         self.final = FinalLayer(model)
         self.width = model.inner_dim
 
     def split(self, features: Tensor) -> tuple[Tensor, ...]:
         """(N, F) -> six (N, D) per block, then the final shift and scale."""
-        return features.split(self.width, dim=-1)
+        parts: tuple[Tensor, ...] = features.split(self.width, dim=-1)
+        return parts
 
     def forward(self, sample: Tensor, features: Tensor) -> tuple[Tensor, ...]:
         """(N, C, H, W), (N, F) -> output (N, C', H, W), then one (N, S, D) per slot."""
@@ -166,9 +170,7 @@ class Reuse(nn.Module):
         self.split = denoiser.split
         self.history = history
 
-    def forward(
-        self, sample: Tensor, features: Tensor, weights: Tensor, *caches: Tensor
-    ) -> Tensor:
+    def forward(self, sample: Tensor, features: Tensor, weights: Tensor, *caches: Tensor) -> Tensor:
         """Like a full step, with `weights` (history, slots) and caches, newest step first."""
         parts = self.split(features)
         slots = len(caches) // self.history
@@ -177,7 +179,8 @@ class Reuse(nn.Module):
             gate = parts[3 * k + 2]
             for i in range(self.history):
                 h = h + (weights[i, k] * gate)[:, None] * caches[i * slots + k]
-        return self.final(h, *parts[-2:])  # type: ignore[no-any-return]
+        output: Tensor = self.final(h, *parts[-2:])
+        return output
 
 
 class DiTAdapter:
@@ -204,13 +207,13 @@ class DiTAdapter:
         self.num_classes = config.num_embeds_ada_norm
         names = [(f"blocks.{i}.attn", f"blocks.{i}.mlp") for i in range(config.num_layers)]
         self.slots = tuple(name for pair in names for name in pair)
-        self.temporal: nn.Module = TemporalFeatures(model)
+        self.temporal: nn.Module = TemporalFeatures(model).eval()
         self.denoiser: nn.Module = Denoiser(model).eval().requires_grad_(False)
 
     def reuse(self, history: int) -> nn.Module:
         """The reuse step that looks `history` full steps back."""
         assert isinstance(self.denoiser, Denoiser)
-        return Reuse(self.denoiser, history)
+        return Reuse(self.denoiser, history).eval()
 
     def linears(self) -> dict[str, nn.Linear]:
         """The Linears of the blocks and of the final layer."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,9 @@ def load(model: str) -> LoadedModel:
 def _random(model: str) -> LoadedModel:
     shape = model.removeprefix("random:")
     if shape not in RANDOM:
-        raise ConfigError(f"model: unknown shape {model!r}; expected random:{', random:'.join(RANDOM)}")
+        raise ConfigError(
+            f"model: unknown shape {model!r}; expected random:{', random:'.join(RANDOM)}"
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(RANDOM_SEED)
         adapter = DiTAdapter(DiTTransformer2DModel(**RANDOM[shape]))
@@ -97,20 +100,29 @@ def _from_directory(source: str, folder: Path) -> LoadedModel:
 
 
 def _load_weights(family: Any, adapter: Any, folder: Path) -> Adapter:
+    """The adapter over the weights of a directory, which have to fit its config exactly."""
+    logging.getLogger("diffusers").setLevel(logging.ERROR)  # what it warns of is an error below
     try:
-        model = family.from_pretrained(
+        model, info = family.from_pretrained(
             folder / "transformer",
             torch_dtype=torch.float32,
             use_safetensors=True,
             local_files_only=True,
             low_cpu_mem_usage=False,
+            output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError) as err:
-        problem = str(err).strip().splitlines()[0]
+    except Exception as err:  # of a bad config, diffusers raises whatever it stumbles over
+        problem = " ".join(str(err).split())[:200]
         raise ConfigError(
             f"model: the weights in {folder / 'transformer'} cannot be loaded ({problem}); "
             "save the model again with save_pretrained"
         ) from err
+    for key, what in (("missing_keys", "lack"), ("unexpected_keys", "hold, beyond the config,")):
+        if info[key]:  # diffusers fills in random weights for the first, and drops the second
+            raise ConfigError(
+                f"model: the weights in {folder / 'transformer'} {what} {sorted(info[key])[0]} "
+                f"(of {len(info[key])} such tensors); they are of another config.json"
+            )
     found: Adapter = adapter(model)
     return found
 
@@ -135,7 +147,14 @@ def _class_names(folder: Path, num_classes: int) -> tuple[str, ...]:
     path = folder / "classes.json"
     if not path.is_file():
         return ()
-    names = json.loads(path.read_text())
+    try:
+        names = json.loads(path.read_text())
+    except ValueError as err:
+        raise ConfigError(f"model: {path} is not JSON ({err}); expected a list of names") from err
+    if not isinstance(names, list):
+        raise ConfigError(
+            f"model: {path} holds {type(names).__name__}, expected a list of names, one per class"
+        )
     if len(names) != num_classes:
         raise ConfigError(
             f"model: {path} has {len(names)} names, expected {num_classes}, one per class"

@@ -1,0 +1,117 @@
+"""Step plans: which steps compute, and with which weights the others predict."""
+
+from __future__ import annotations
+
+from typing import get_args
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ditcast.cache import POLICIES, StepPlan, make_plan
+from ditcast.errors import ConfigError
+from ditcast.recipe import Recipe
+
+
+def plan_of(steps: int, interval: int, slots: int = 3, policy: str = "fora") -> StepPlan:
+    """A plan, FORA's unless told otherwise."""
+    return make_plan(policy, steps=steps, interval=interval, slots=slots)
+
+
+@pytest.mark.parametrize(
+    ("steps", "interval", "full_steps"),
+    # The official code counts down and forces the first step (methods/caching.md, 4.1).
+    [(50, 2, 26), (50, 3, 18), (50, 4, 14), (50, 5, 11), (50, 7, 8), (250, 3, 84), (50, 1, 50)],
+)
+def test_fora_computes_as_often_as_published(steps: int, interval: int, full_steps: int) -> None:
+    """NFC of the paper's settings."""
+    assert plan_of(steps, interval).full_steps == full_steps
+
+
+def test_fora_counts_down() -> None:
+    """T=7, N=3: full at j = 6 (the first), 6 mod 3, 3 and 0, so at steps 0, 3 and 6."""
+    assert plan_of(7, 3).full.tolist() == [True, False, False, True, False, False, True]
+    assert plan_of(6, 3).full.tolist() == [True, False, True, False, False, True]
+
+
+def test_segments_are_full_steps_with_their_reuse_steps() -> None:
+    """Starts and lengths of T=6, N=3: 1+1, 1+2 and 1 steps."""
+    starts, lengths = plan_of(6, 3).segments()
+    assert (starts.tolist(), lengths.tolist()) == ([0, 2, 5], [2, 3, 1])
+
+
+def test_caches_are_kept_only_where_they_are_read() -> None:
+    """The last full step of T=6, N=3 is followed by no reuse step; without a cache none is."""
+    plan = plan_of(6, 3)
+    assert [plan.feeds_reuse(i) for i in (0, 2, 5)] == [True, True, False]
+    none = plan_of(4, 1, policy="none")
+    assert not any(none.feeds_reuse(i) for i in range(4))
+
+
+def test_a_longer_history_is_kept_longer() -> None:
+    """With two full steps of history, step 1 is read at step 3, past the full step 2."""
+    full = np.array([True, True, True, False])
+    plan = StepPlan(full=full, weights=np.ones((4, 2, 1), np.float32))
+    assert [plan.feeds_reuse(i) for i in (0, 1, 2)] == [False, True, True]
+
+
+def test_no_cache_computes_every_step() -> None:
+    """Policy none, whatever the interval, even one longer than the trajectory."""
+    plan = plan_of(5, 99, policy="none")
+    assert plan.full.all()
+    assert plan.full_steps == 5
+
+
+@given(steps=st.integers(1, 300), data=st.data(), slots=st.integers(1, 56))
+def test_every_fora_plan_holds_together(steps: int, data: st.DataObject, slots: int) -> None:
+    """First step full; N-1 reuse steps at most in a row; segments partition the steps."""
+    interval = data.draw(st.integers(1, steps))
+    plan = plan_of(steps, interval, slots)
+    starts, lengths = plan.segments()
+    assert plan.full[0]
+    assert plan.full[-1]  # the last step, which counts most, is j = 0
+    assert lengths.max() <= interval
+    assert len(starts) == plan.full_steps == int(plan.full.sum())
+    covered = [s for a, n in zip(starts, lengths, strict=True) for s in range(a, a + n)]
+    assert covered == list(range(steps))
+    assert plan.full_steps in ((steps - 1) // interval + 1, (steps - 1) // interval + 2)
+
+
+@given(steps=st.integers(1, 60), data=st.data(), slots=st.integers(1, 8))
+def test_reuse_steps_repeat_the_newest_outputs(
+    steps: int, data: st.DataObject, slots: int
+) -> None:
+    """FORA's weights: one for every slot of a reuse step, history of one full step."""
+    plan = plan_of(steps, data.draw(st.integers(1, steps)), slots)
+    assert plan.history == 1
+    assert plan.weights.shape == (steps, 1, slots)
+    assert plan.weights.dtype == np.float32
+    assert (plan.weights[~plan.full] == 1).all()
+    assert (plan.weights[plan.full] == 0).all()
+
+
+def test_a_plan_starts_with_a_full_step() -> None:
+    """There is nothing to reuse before it; and every step has its row of weights."""
+    with pytest.raises(ValueError, match="starts with a full step"):
+        StepPlan(full=np.array([False, True]), weights=np.ones((2, 1, 1), np.float32))
+    with pytest.raises(ValueError, match="one row of weights per step"):
+        StepPlan(full=np.array([True, True]), weights=np.ones((3, 1, 1), np.float32))
+
+
+@pytest.mark.parametrize(
+    ("policy", "interval", "match"),
+    [
+        ("fora", 6, r"interval: got 6, expected at most the number of steps \(5\); lower"),
+        ("teacache", 2, "cache: unknown policy 'teacache'; expected one of none, fora"),
+    ],
+)
+def test_bad_requests_say_what_is_expected(policy: str, interval: int, match: str) -> None:
+    """An interval that never comes round, a policy that is none."""
+    with pytest.raises(ConfigError, match=match):
+        plan_of(5, interval, policy=policy)
+
+
+def test_every_policy_can_be_asked_for() -> None:
+    """The recipe and the table of policies name the same ones."""
+    assert set(get_args(Recipe.model_fields["cache"].annotation)) == set(POLICIES)

@@ -1,0 +1,208 @@
+"""Range estimators against brute force over all values at once."""
+
+from __future__ import annotations
+
+from typing import get_args
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from ditcast.calibrate.ranges import (
+    BINS,
+    LEVELS,
+    OBSERVERS,
+    WEIGHT_POWER,
+    State,
+    fake_quantize,
+    observe_histogram,
+    weight_codes,
+    weight_scale,
+)
+from ditcast.recipe import Method
+
+# Sizes of successive tensors: the histogram starts at the first one's and doubles from there.
+growing = st.lists(st.sampled_from([0.01, 0.3, 1.0, 2.5, 40.0]), min_size=1, max_size=5)
+
+
+def tensors(sizes: list[float], seed: int = 0) -> list[Tensor]:
+    """One normal tensor per size, off centre so that both signs differ."""
+    generator = torch.Generator().manual_seed(seed)
+    return [(torch.randn(40, 25, generator=generator) + 0.4) * size for size in sizes]
+
+
+def watch(method: str, values: list[Tensor], per_batch: int = 1) -> State:
+    """The state of an observer after all values, in mini-batches of `per_batch` tensors."""
+    observer, state = OBSERVERS[method], State()
+    for i, x in enumerate(values):
+        state = observer.observe(state, x)
+        if (i + 1) % per_batch == 0:
+            state = observer.end_batch(state)
+    return state
+
+
+def bound(method: str, values: list[Tensor], percentile: float = 99.99) -> float:
+    """What an observer says of all values."""
+    return OBSERVERS[method].bound(watch(method, values), percentile)
+
+
+def squared_error(values: list[Tensor], largest: float) -> float:
+    """Mean squared error of rounding all values with that range."""
+    x = torch.cat([value.flatten() for value in values]).double()
+    return float(((fake_quantize(x, largest / LEVELS) - x) ** 2).mean())
+
+
+@given(sizes=growing)
+@settings(deadline=None, max_examples=30)
+def test_absmax_is_the_largest_magnitude(sizes: list[float]) -> None:
+    """Over all tensors, in any order and any pieces."""
+    values = tensors(sizes)
+    assert bound("absmax", values) == float(torch.cat(values).abs().max())
+    assert bound("absmax", values[::-1]) == bound("absmax", [torch.cat(values)])
+
+
+def test_minmax_moves_once_per_batch() -> None:
+    """Momentum 0.95 over the extremes of each mini-batch of two tensors, from the first on."""
+    values = tensors([1.0, 3.0, 0.1, 0.2, 9.0, 1.0])
+    pairs = [torch.cat(values[i : i + 2]) for i in (0, 2, 4)]
+    low, high = float(pairs[0].min()), float(pairs[0].max())
+    for pair in pairs[1:]:
+        low = 0.95 * low + 0.05 * float(pair.min())
+        high = 0.95 * high + 0.05 * float(pair.max())
+    found = OBSERVERS["minmax"].bound(watch("minmax", values, per_batch=2), 0)
+    assert found == pytest.approx(max(-low, high), rel=1e-9)
+
+
+def test_minmax_takes_the_larger_side() -> None:
+    """A symmetric range has to hold the negative side too."""
+    assert bound("minmax", [torch.tensor([-4.0, 1.0])]) == 4
+    assert bound("minmax", [torch.tensor([-1.0, 3.0])]) == 3
+
+
+@given(sizes=growing)
+@settings(deadline=None, max_examples=30)
+def test_the_histogram_loses_no_value_when_it_widens(sizes: list[float]) -> None:
+    """Piece by piece, the counts are those of one histogram of the final width.
+
+    But for the largest value of a piece: it counts below its bin's edge, not above.
+    """
+    values = tensors(sizes)
+    state = State()
+    for x in values:
+        state = observe_histogram(state, x)
+    whole = torch.cat(values).abs()
+    assert float(state["counts"].sum()) == whole.numel()
+    assert float(state["width"]) >= float(whole.max())
+    wanted = torch.histc(whole, BINS, 0, float(state["width"])).double()
+    assert (state["counts"].cumsum(0) - wanted.cumsum(0)).abs().max() <= len(sizes)
+
+
+@given(sizes=growing, percentile=st.floats(51, 100))
+@settings(deadline=None, max_examples=40)
+def test_percentile_is_that_of_the_sorted_magnitudes(sizes: list[float], percentile: float) -> None:
+    """Within one bin above the exact one, and never below it."""
+    values = tensors(sizes)
+    found = bound("percentile", values, percentile)
+    magnitudes = torch.cat(values).abs().numpy()
+    exact = float(np.percentile(magnitudes, percentile, method="inverted_cdf"))
+    bin_width = float(watch("percentile", values)["width"]) / BINS
+    assert exact * (1 - 1e-6) <= found <= exact + bin_width * 1.001
+
+
+def test_percentile_cuts_outliers() -> None:
+    """One value in 10001 is above the 99.9th percentile."""
+    values = [torch.cat([torch.linspace(0, 1, 10_000), torch.tensor([50.0])])]
+    assert bound("percentile", values, 99.9) == pytest.approx(1, abs=50 / BINS)
+    assert bound("percentile", values, 100) == 50
+
+
+@given(sizes=growing, outlier=st.floats(1, 30))
+@settings(deadline=None, max_examples=20)
+def test_mse_is_the_best_of_its_candidates(sizes: list[float], outlier: float) -> None:
+    """No worse than absmax, and as good as trying all 80 ranges on the values themselves."""
+    values = [*tensors(sizes), torch.tensor([max(sizes) * outlier])]
+    found, largest = bound("mse", values), bound("absmax", values)
+    assert found <= largest * (1 + 2 / BINS)  # the range ends at a bin's edge
+    assert squared_error(values, found) <= squared_error(values, largest) * 1.01
+    best = min(squared_error(values, largest * (1 - 0.01 * i)) for i in range(80))
+    assert squared_error(values, found) <= best * 1.05  # bins are counted at their centres
+
+
+def test_mse_shrinks_the_range_of_an_outlier() -> None:
+    """One value of 30 among N normal ones: N (b/127)^2 / 12 + (30 - b)^2 is least at b = 14.7."""
+    normal = torch.randn(200_000, generator=torch.Generator().manual_seed(0))
+    values = [normal, torch.tensor([30.0])]
+    found = bound("mse", values)
+    assert found == pytest.approx(30 / (1 + 200_000 / (12 * 127**2)), rel=0.02)
+    assert squared_error(values, found) < 0.6 * squared_error(values, 30)
+
+
+@pytest.mark.parametrize("method", OBSERVERS)
+def test_states_are_bounded_float64_tensors(method: str) -> None:
+    """They are written down after every batch: no value is kept, none loses digits."""
+    state = watch(method, tensors([1.0, 2.0, 3.0]))
+    assert {tensor.dtype for tensor in state.values()} == {torch.float64}
+    assert sum(tensor.numel() for tensor in state.values()) <= BINS + 1
+
+
+@pytest.mark.parametrize("method", OBSERVERS)
+def test_states_can_be_taken_up_again(method: str) -> None:
+    """Copied between two tensors, as a resumed run does, the state gives the same bound."""
+    values = tensors([0.5, 3.0, 1.0])
+    observer, state = OBSERVERS[method], State()
+    for x in values:
+        state = observer.end_batch(observer.observe(state, x))
+        state = {key: tensor.clone() for key, tensor in state.items()}
+    assert observer.bound(state, 99) == OBSERVERS[method].bound(watch(method, values), 99)
+
+
+@pytest.mark.parametrize("method", ["absmax", "minmax", "percentile"])
+def test_weights_take_their_largest_magnitude(method: str) -> None:
+    """Per output channel: at 8 bits the other methods clip nothing of the weights."""
+    weight = torch.tensor([[1.0, -2.54], [0.0, 0.5]])
+    torch.testing.assert_close(weight_scale(weight, method), torch.tensor([2.54, 0.5]) / 127)
+
+
+def test_weights_by_mse_have_the_least_error() -> None:
+    """Per channel, mean |w - Q(w)|^2.4 is the least of the 80 shrunk ranges."""
+    weight = torch.randn(6, 500, generator=torch.Generator().manual_seed(0)) ** 3
+    scale = weight_scale(weight, "mse")
+
+    def error(scale: Tensor) -> Tensor:
+        restored = weight_codes(weight, scale) * scale[:, None]
+        return (weight - restored).abs().pow(WEIGHT_POWER).mean(dim=1)
+
+    largest = weight.abs().amax(dim=1) / LEVELS
+    tried = torch.stack([error(largest * (1 - 0.01 * i)) for i in range(80)])
+    torch.testing.assert_close(error(scale), tried.amin(dim=0))
+    assert (scale < largest).any()
+
+
+@pytest.mark.parametrize("method", get_args(Method))
+def test_a_dead_channel_is_no_division_by_zero(method: str) -> None:
+    """A row of zeros gets a scale above zero and codes of zero."""
+    scale = weight_scale(torch.zeros(2, 4), method)
+    assert (scale > 0).all()
+    assert (weight_codes(torch.zeros(2, 4), scale) == 0).all()
+
+
+@given(values=st.lists(st.floats(-1e4, 1e4, width=32), min_size=1), scale=st.floats(1e-3, 10))
+def test_rounding_stays_on_the_grid(values: list[float], scale: float) -> None:
+    """Codes of activations lie in [-128, 127], of weights in [-127, 127]; half a step at most."""
+    x = torch.tensor(values, dtype=torch.float64)
+    restored = fake_quantize(x, scale)
+    codes = restored / scale
+    assert torch.equal(codes.round().clamp(-128, 127) * scale, restored)
+    inside = (x / scale).abs() <= LEVELS
+    assert ((restored - x).abs()[inside] <= scale / 2 * (1 + 1e-9)).all()
+    weights = weight_codes(x[None], torch.tensor([scale], dtype=torch.float64))
+    assert weights.abs().max() <= LEVELS
+    assert torch.equal(weights, weights.round())
+
+
+def test_every_method_can_be_asked_for() -> None:
+    """The recipe and the table of observers name the same ones."""
+    assert set(get_args(Method)) == set(OBSERVERS)
