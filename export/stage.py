@@ -62,8 +62,15 @@ def to_onnx(bundle: Bundle, model: LoadedModel) -> None:
     say("exporting: tracing the model")
     linears = model.adapter.linears()
     traced = {
-        name: trace(p.module, list(p.feeds.values()), list(p.feeds), p.outputs, p.dynamic, linears)
-        for name, p in probes.items()
+        name: trace(
+            probe.module,
+            list(probe.feeds.values()),
+            inputs=list(probe.feeds),
+            outputs=probe.outputs,
+            dynamic=probe.dynamic,
+            layers=linears,
+        )
+        for name, probe in probes.items()
     }
     found: list[Graph] = []
     golden: dict[str, Any] = {f"input.{k}": v.numpy() for k, v in probes["full"].feeds.items()}
@@ -71,7 +78,7 @@ def to_onnx(bundle: Bundle, model: LoadedModel) -> None:
         say(f"exporting: writing target {target} and comparing it with torch")
         scales = {} if target == "reference" else qparams
         folder = bundle.staged(f"graphs/{target}/sampler.onnx").parent
-        _write_target(bundle, model, target, folder, traced, scales)
+        _write_target(bundle, model, target, folder, traced=traced, qparams=scales)
         differences, outputs = _compare(folder, probes, linears, scales)
         golden[f"output.{target}"] = outputs
         for name in (*STEP_GRAPHS, "sampler"):
@@ -125,6 +132,7 @@ def _write_target(
     model: LoadedModel,
     target: str,
     folder: Path,
+    *,
     traced: dict[str, gs.Graph],
     qparams: QParams,
 ) -> None:

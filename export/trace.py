@@ -23,6 +23,7 @@ def _attention(
     value: Any,
     attn_mask: Any = None,
     dropout_p: float = 0.0,
+    *,
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
@@ -41,6 +42,7 @@ def _patch_embedding(
     bias: Any = None,
     stride: Sequence[int] = (1, 1),
     padding: Sequence[int] = (0, 0),
+    *,
     dilation: Sequence[int] = (1, 1),
     groups: int = 1,
 ) -> Any:
@@ -77,6 +79,7 @@ _TRANSLATIONS: dict[Any, Any] = {
 def trace(
     module: nn.Module,
     arguments: Sequence[Tensor],
+    *,
     inputs: Sequence[str],
     outputs: Sequence[str],
     dynamic: Sequence[dict[int, Any]],

@@ -23,7 +23,7 @@ from ditcast.sampling import (
     needs_noise,
     update,
 )
-from ditcast.schedule import from_config
+from ditcast.schedule import NoiseSchedule, from_config
 
 Samples = NDArray[np.float32]
 Loop = Literal["host", "graph"]
@@ -110,7 +110,12 @@ class Pipeline:
         if loop == "graph":
             self._check_graph_loop(steps, cache, spacing, callback)
             return self._graph_loop(labels, noise, guidance)
-        return self._host_loop(labels, noise, guidance, plan, spacing, callback)
+        schedule = self.schedule
+        if spacing is not None:
+            schedule = dataclasses.replace(schedule, spacing=spacing)
+        return self._host_loop(
+            labels, noise, guidance, plan=plan, schedule=schedule, callback=callback
+        )
 
     def features(
         self, labels: Sequence[int], timesteps: NDArray[np.int64], guided: bool
@@ -128,13 +133,11 @@ class Pipeline:
         labels: Sequence[int],
         noise: Samples,
         guidance: float,
+        *,
         plan: StepPlan,
-        spacing: str | None,
+        schedule: NoiseSchedule,
         callback: Callable[[Step], None] | None,
     ) -> Samples:
-        schedule = self.schedule
-        if spacing is not None:
-            schedule = dataclasses.replace(schedule, spacing=spacing)
         steps, n, channels = len(plan.full), len(labels), self.model.sample_shape[0]
         features, rows = self.features(labels, schedule.timesteps(steps), guidance > 1)
         caches: deque[dict[str, Any]] = deque(maxlen=plan.history)

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -17,6 +17,7 @@ from diffusers import DDPMScheduler, DiTTransformer2DModel
 from ditcast import recipe as recipes
 from ditcast.bundle import Bundle
 from ditcast.calibrate import calibrate
+from ditcast.cli import main
 from ditcast.export import to_onnx
 from ditcast.models import LoadedModel, load
 from ditcast.models.base import describe
@@ -31,6 +32,20 @@ TINY: dict[str, Any] = {
     "sample_size": 16,
     "patch_size": 4,
     "num_embeds_ada_norm": CLASSES,
+}
+# What the tiny model is not: latents, with channels for a variance, other patches, no biases.
+OTHER: dict[str, Any] = {
+    "in_channels": 4,
+    "num_layers": 1,
+    "patch_size": 2,
+    "sample_size": 8,
+    "out_channels": 8,
+    "activation_fn": "gelu",
+    "attention_bias": False,
+}
+OTHER_SCHEDULER: dict[str, Any] = {
+    "prediction_type": "v_prediction",
+    "beta_schedule": "scaled_linear",
 }
 torch.set_num_threads(1)  # on busy cores the threads of a tiny model only wait for each other
 RECIPE: dict[str, Any] = {"steps": 6, "interval": 2, "samples": 4, "batch": 2}
@@ -68,11 +83,47 @@ def shared_bundle(tiny: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -
     return make_bundle(tiny, tmp_path_factory.mktemp("bundles") / "tiny.bundle")
 
 
+@pytest.fixture(scope="session")
+def other_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """A bundle of the other model, DDPM with caching at interval 3; never write to it."""
+    folder = tmp_path_factory.mktemp("other")
+    torch.manual_seed(3)
+    DiTTransformer2DModel(**(TINY | OTHER)).save_pretrained(folder / "transformer")
+    DDPMScheduler(**OTHER_SCHEDULER).save_pretrained(folder / "scheduler")
+    keys = {"sampler": "ddpm", "interval": 3, "guidance": 1.5, "method": "mse"}
+    return make_bundle(load(str(folder)), folder / "other.bundle", **keys)
+
+
 @pytest.fixture
 def bundle(shared_bundle: Bundle, tmp_path: Path) -> Bundle:
     """A copy of the shared bundle that a test may damage."""
     shutil.copytree(shared_bundle.path, tmp_path / "tiny.bundle")
     return Bundle.open(tmp_path / "tiny.bundle")
+
+
+class Result(NamedTuple):
+    """What a command did: exit code, standard output, standard error."""
+
+    code: object
+    out: str
+    err: str
+
+
+Cli = Callable[..., Result]
+
+
+@pytest.fixture
+def cli(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Cli:
+    """Run the command line in this process, which has torch loaded already."""
+
+    def run(*arguments: object) -> Result:
+        monkeypatch.setattr(sys, "argv", ["ditcast", *map(str, arguments)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as exit_:
+            main()
+        return Result(exit_.value.code, *capfd.readouterr())
+
+    return run
 
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]

@@ -189,8 +189,16 @@ def test_a_start_killed_before_anything_can_be_repeated(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fingerprint", "recipe", "match"),
     [
-        ("f" * 64, {"steps": 20, "method": "mse"}, r"steps 50 \(asked for 20\), method 'absmax' \(a"),
-        ("0" * 64, {}, r"holds another bundle: model somewhere \(asked for somewhere\); give anoth"),
+        (
+            "f" * 64,
+            {"steps": 20, "method": "mse"},
+            r"steps 50 \(asked for 20\), method 'absmax' \(a",
+        ),
+        (
+            "0" * 64,
+            {},
+            r"holds another bundle: model somewhere \(asked for somewhere\); give anoth",
+        ),
     ],
 )
 def test_another_bundle_in_the_way_says_what_differs(

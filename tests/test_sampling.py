@@ -60,7 +60,10 @@ def arrays(seed: int, count: int) -> list[torch.Tensor]:
 def test_ddim_steps_as_diffusers(prediction: str, clip: bool, spacing: str, steps: int) -> None:
     """Every step of a trajectory, eta 0, for each prediction, with clipping and without."""
     oracle = DDIMScheduler(
-        prediction_type=prediction, clip_sample=clip, timestep_spacing=spacing, clip_sample_range=0.7
+        prediction_type=prediction,
+        clip_sample=clip,
+        timestep_spacing=spacing,
+        clip_sample_range=0.7,
     )
     schedule = exact(oracle, steps)
     for i, row in enumerate(rows(schedule, "ddim", steps)):

@@ -93,7 +93,10 @@ def test_clipping_follows_the_config(config: dict[str, Any], clip: float | None)
         ({"thresholding": True}, "thresholding=True is not supported"),
         ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr=True is not supported"),
         ({"solver_order": 2}, "solver_order=2 is not supported; remove it"),
-        ({"timestep_spacing": "karras"}, "timestep_spacing='karras' .* leading, linspace, trailing"),
+        (
+            {"timestep_spacing": "karras"},
+            "timestep_spacing='karras' .* leading, linspace, trailing",
+        ),
         ({"prediction_type": "flow"}, "prediction_type='flow' .* epsilon, v_prediction, sample"),
         ({"beta_schedule": "sigmoid"}, "beta_schedule 'sigmoid' .* expected linear"),
     ],

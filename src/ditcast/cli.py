@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 from rich.console import Console
@@ -15,39 +14,23 @@ from rich.table import Table
 from ditcast import __version__
 from ditcast.bundle import Bundle
 from ditcast.errors import ConfigError, DitcastError
-from ditcast.recipe import Recipe
+from ditcast.options import (
+    BACKEND,
+    BUNDLE,
+    IMAGES,
+    JSON,
+    LOOP,
+    MODEL,
+    OUTPUT,
+    THREADS,
+    join_labels,
+    parse_labels,
+    recipe_options,
+)
 from ditcast.recipe import load as load_recipe
 
 if TYPE_CHECKING:
     from ditcast.models import LoadedModel
-
-F = TypeVar("F", bound=Callable[..., Any])
-
-BUNDLE = click.argument("bundle", type=click.Path(path_type=Path))
-MODEL = click.argument("model")
-OUTPUT = click.option("-o", "--output", required=True, type=click.Path(path_type=Path))
-BACKEND = click.option("--backend", default="onnxruntime", show_default=True, help="runtime")
-THREADS = click.option("--threads", default=0, show_default=True, help="0 is one per core")
-JSON = click.option("--json", "json_file", type=click.Path(path_type=Path), help="write figures")
-LOOP = click.option(
-    "--loop", type=click.Choice(["host", "graph"]), default="host", show_default=True
-)
-IMAGES = click.option(
-    "--images", type=click.IntRange(1), help="how many to measure on  [default: 128; random: 1]"
-)
-
-
-def recipe_options(command: F) -> F:
-    """Add `--recipe` and one flag per recipe key, so that both have one definition."""
-    for name, field in reversed(Recipe.model_fields.items()):
-        kind = field.annotation
-        if get_origin(kind) is tuple:
-            continue  # rules are lists of mappings: YAML only
-        choice = click.Choice(get_args(kind)) if get_origin(kind) is Literal else kind
-        help_text = f"{field.description}  [default: {field.default}]"
-        command = click.option(f"--{name}", type=choice, help=help_text)(command)
-    path = click.Path(path_type=Path)
-    return click.option("--recipe", "recipe_file", type=path, help="YAML of recipe keys")(command)
 
 
 @click.group()
@@ -80,7 +63,15 @@ def compile_command(
     _export(bundle, loaded)
     del loaded  # a large model and its graphs do not fit in memory together
     _audit(bundle, backend, threads, "host", None)
-    _bench(bundle, backend, threads, images, None, 1, json_file)
+    _bench(
+        bundle,
+        backend=backend,
+        threads=threads,
+        count=images,
+        steps=None,
+        seed=1,
+        json_file=json_file,
+    )
 
 
 @app.command()
@@ -149,7 +140,7 @@ def sample(
 
     images.check_output(output)
     pipeline = Pipeline(bundle, backend=backend, target=target, threads=threads)
-    numbers = _labels(labels, pipeline.model.classes)
+    numbers = parse_labels(labels, pipeline.model.classes)
     size = pipeline.recipe.batch
     starts = range(0, len(numbers), size)
     started = time.perf_counter()
@@ -201,7 +192,15 @@ def bench(
     json_file: Path | None,
 ) -> None:
     """Measure speed, memory and fidelity against full precision, in one run."""
-    _bench(Bundle.open(bundle), backend, threads, images, steps, seed, json_file)
+    _bench(
+        Bundle.open(bundle),
+        backend=backend,
+        threads=threads,
+        count=images,
+        steps=steps,
+        seed=seed,
+        json_file=json_file,
+    )
 
 
 @app.command()
@@ -306,6 +305,7 @@ def _audit(bundle: Bundle, backend: str, threads: int, loop: str, json_file: Pat
 
 def _bench(
     bundle: Bundle,
+    *,
     backend: str,
     threads: int,
     count: int | None,
@@ -333,43 +333,14 @@ def _bench(
         click.echo(f"report: {page}")
 
 
-def _labels(text: str, classes: tuple[str, ...]) -> list[int]:
-    """Class numbers from "3,5" or names."""
-    found = []
-    for part in filter(None, text.split(",")):
-        if part in classes:
-            found.append(classes.index(part))
-        elif part.removeprefix("-").isdecimal():
-            found.append(int(part))
-        else:
-            names = f" or a name, such as {classes[0]}" if classes else ""
-            raise ConfigError(f"labels: got {part!r}, expected class numbers{names}")
-    if not found:
-        raise ConfigError("labels: got none, expected at least one, such as --labels 3 5")
-    return found
-
-
 def _write_json(path: Path | None, values: dict[str, Any]) -> None:
     if path is not None:
         path.write_text(json.dumps(values, indent=1) + "\n")
 
 
-def _join_labels(arguments: list[str]) -> list[str]:
-    """`--labels 3 5` as `--labels 3,5`: click options take one value each."""
-    found: list[str] = []
-    inside = False
-    for argument in arguments:
-        if inside and not (argument.startswith("-") and not argument[1:].isdigit()):
-            found[-1] += "," * bool(found[-1]) + argument
-            continue
-        inside = argument == "--labels"
-        found += [argument, ""] if inside else [argument]
-    return found
-
-
 def main() -> None:
     """Run a command: exit 0 done, 1 a check failed, 2 wrong usage or input, in one line."""
-    arguments = _join_labels(sys.argv[1:] or ["--help"])
+    arguments = join_labels(sys.argv[1:] or ["--help"])
     try:
         code = app.main(arguments, prog_name="ditcast", standalone_mode=False)
     except DitcastError as err:

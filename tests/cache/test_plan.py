@@ -79,9 +79,7 @@ def test_every_fora_plan_holds_together(steps: int, data: st.DataObject, slots: 
 
 
 @given(steps=st.integers(1, 60), data=st.data(), slots=st.integers(1, 8))
-def test_reuse_steps_repeat_the_newest_outputs(
-    steps: int, data: st.DataObject, slots: int
-) -> None:
+def test_reuse_steps_repeat_the_newest_outputs(steps: int, data: st.DataObject, slots: int) -> None:
     """FORA's weights: one for every slot of a reuse step, history of one full step."""
     plan = plan_of(steps, data.draw(st.integers(1, steps)), slots)
     assert plan.history == 1

@@ -25,7 +25,9 @@ from ditcast.recipe import Method, Rule
 from ditcast.schedule import from_config
 from tests.conftest import RECIPE, TINY
 
-LAYERS = [f"blocks.{i}.{x}" for i in (0, 1) for x in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")]
+LAYERS = [
+    f"blocks.{i}.{x}" for i in (0, 1) for x in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+]
 PROGRESS = ".staging/calibration/states.safetensors"
 
 
@@ -185,7 +187,9 @@ def test_progress_of_something_else_is_refused(
             calibrate(Bundle.open(path), tiny)
     (path / "manifest.json").unlink()
     other = start(tiny, path, seed=1)
-    with pytest.raises(BundleError, match="is of another model or recipe; remove it to start afresh"):
+    with pytest.raises(
+        BundleError, match="is of another model or recipe; remove it to start afresh"
+    ):
         calibrate(other, tiny)
 
 
@@ -202,7 +206,9 @@ def test_a_calibrated_bundle_is_left_alone(
 def test_overflow_names_the_layer_and_the_step(tiny: LoadedModel, tmp_path: Path) -> None:
     """Guidance of 1e38 is finite, but what it makes of the sample at step 0 is not."""
     bundle = start(tiny, tmp_path / "overflow", guidance=1e38)
-    with pytest.raises(ConfigError, match=r"NaN or Inf in the input of layer blocks.0.attn.qkv at step 1"):
+    with pytest.raises(
+        ConfigError, match=r"NaN or Inf in the input of layer blocks.0.attn.qkv at step 1"
+    ):
         calibrate(bundle, tiny)
 
 
@@ -254,7 +260,10 @@ def test_the_first_rule_that_matches_decides() -> None:
     ("given", "match"),
     [
         ((("blokcs.*", INT8), ("*", FLOAT)), r"'blokcs.\*' decides no layer \(misspelt"),
-        ((("*", FLOAT), ("blocks.*", INT8)), r"'blocks.\*' decides no layer .*an earlier rule takes"),
+        (
+            (("*", FLOAT), ("blocks.*", INT8)),
+            r"'blocks.\*' decides no layer .*an earlier rule takes",
+        ),
         ((("blocks.*", INT8),), "no rule matches layer 'final.proj'; end the rules with one for"),
         ((("BLOCKS.*", INT8), ("*", FLOAT)), r"the layers are blocks.0.attn.qkv, .*, final.proj"),
     ],

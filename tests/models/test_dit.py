@@ -150,5 +150,7 @@ def test_names_of_slots_and_layers() -> None:
 def test_other_activations_are_refused() -> None:
     """A gated unit has another shape of MLP, which the exported graph does not have."""
     model = DiTTransformer2DModel(**(TINY | {"activation_fn": "geglu"}))
-    with pytest.raises(UnsupportedError, match=r"'geglu' is not supported; expected gelu or gelu-a"):
+    with pytest.raises(
+        UnsupportedError, match=r"'geglu' is not supported; expected gelu or gelu-a"
+    ):
         DiTAdapter(model)

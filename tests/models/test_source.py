@@ -84,7 +84,9 @@ def test_a_pickle_is_named_and_never_executed(folder: Path, tmp_path: Path) -> N
     (folder / "transformer" / "diffusion_pytorch_model.bin").write_bytes(bomb)
     load(str(folder))
     (folder / WEIGHTS).unlink()
-    with pytest.raises(UnsupportedError, match=r"a pickle \(diffusion_pytorch_model.bin\), which can"):
+    with pytest.raises(
+        UnsupportedError, match=r"a pickle \(diffusion_pytorch_model.bin\), which can"
+    ):
         load(str(folder))
     (folder / WEIGHTS).write_bytes(bomb)  # disguised
     with pytest.raises(ConfigError, match="cannot be loaded"):
@@ -105,8 +107,16 @@ CASES: dict[str, tuple[Damage, type[DitcastError], str]] = {
         ConfigError,
         "cannot read scheduler/scheduler_config.json .FileNotFoundError.; expected transformer/ and",
     ),
-    "config that is no JSON": (write(CONFIG, "{"), ConfigError, "cannot read transformer/config.json"),
-    "config that is a list": (write(CONFIG, "[]"), ConfigError, "holds list, expected a JSON object"),
+    "config that is no JSON": (
+        write(CONFIG, "{"),
+        ConfigError,
+        "cannot read transformer/config.json",
+    ),
+    "config that is a list": (
+        write(CONFIG, "[]"),
+        ConfigError,
+        "holds list, expected a JSON object",
+    ),
     "another architecture": (
         set_config(_class_name="PixArtTransformer2DModel"),
         UnsupportedError,
@@ -124,16 +134,28 @@ CASES: dict[str, tuple[Damage, type[DitcastError], str]] = {
         ConfigError,
         f"cannot be loaded .*{CUT}",
     ),
-    "a tensor missing": (edit_weights(lambda tensors: tensors.pop(CUT)), ConfigError, f"lack {CUT}"),
+    "a tensor missing": (
+        edit_weights(lambda tensors: tensors.pop(CUT)),
+        ConfigError,
+        f"lack {CUT}",
+    ),
     "a tensor too many": (
         edit_weights(lambda tensors: tensors.update(extra=torch.zeros(1))),
         ConfigError,
         "hold, beyond the config, extra",
     ),
-    "more layers than weights": (set_config(num_layers=3), ConfigError, "lack transformer_blocks.2"),
+    "more layers than weights": (
+        set_config(num_layers=3),
+        ConfigError,
+        "lack transformer_blocks.2",
+    ),
     "a layer count in words": (set_config(num_layers="two"), ConfigError, "cannot be loaded"),
     "no sample size": (set_config(sample_size=None), ConfigError, "cannot be loaded"),
-    "names that are no JSON": (write("classes.json", "[1"), ConfigError, "classes.json is not JSON"),
+    "names that are no JSON": (
+        write("classes.json", "[1"),
+        ConfigError,
+        "classes.json is not JSON",
+    ),
     "names that are no list": (
         write("classes.json", '{"a": 1}'),
         ConfigError,
@@ -166,8 +188,14 @@ def test_a_bad_directory_says_what_is_wrong(
 @pytest.mark.parametrize(
     ("name", "match"),
     [
-        ("no/such/place", r"'no/such/place' is neither 'emoji', 'random:SHAPE' \(dit-s-2, dit-xl-2\)"),
-        ("random:dit-xxl-9", "unknown shape 'random:dit-xxl-9'; expected random:dit-s-2, random:dit-x"),
+        (
+            "no/such/place",
+            r"'no/such/place' is neither 'emoji', 'random:SHAPE' \(dit-s-2, dit-xl-2\)",
+        ),
+        (
+            "random:dit-xxl-9",
+            "unknown shape 'random:dit-xxl-9'; expected random:dit-s-2, random:dit-x",
+        ),
     ],
 )
 def test_an_unknown_model_lists_the_choices(name: str, match: str) -> None:

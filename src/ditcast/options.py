@@ -1,0 +1,69 @@
+"""Flags of the command line: those of the recipe come from its definition."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args, get_origin
+
+import click
+
+from ditcast.errors import ConfigError
+from ditcast.recipe import Recipe
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+BUNDLE = click.argument("bundle", type=click.Path(path_type=Path))
+MODEL = click.argument("model")
+OUTPUT = click.option("-o", "--output", required=True, type=click.Path(path_type=Path))
+BACKEND = click.option("--backend", default="onnxruntime", show_default=True, help="runtime")
+THREADS = click.option("--threads", default=0, show_default=True, help="0 is one per core")
+JSON = click.option("--json", "json_file", type=click.Path(path_type=Path), help="write figures")
+LOOP = click.option(
+    "--loop", type=click.Choice(["host", "graph"]), default="host", show_default=True
+)
+IMAGES = click.option(
+    "--images", type=click.IntRange(1), help="how many to measure on  [default: 128; random: 1]"
+)
+
+
+def recipe_options(command: F) -> F:
+    """Add `--recipe` and one flag per recipe key, so that both have one definition."""
+    for name, field in reversed(Recipe.model_fields.items()):
+        kind = field.annotation
+        if get_origin(kind) is tuple:
+            continue  # rules are lists of mappings: YAML only
+        choice = click.Choice(get_args(kind)) if get_origin(kind) is Literal else kind
+        help_text = f"{field.description}  [default: {field.default}]"
+        command = click.option(f"--{name}", type=choice, help=help_text)(command)
+    path = click.Path(path_type=Path)
+    return click.option("--recipe", "recipe_file", type=path, help="YAML of recipe keys")(command)
+
+
+def parse_labels(text: str, classes: tuple[str, ...]) -> list[int]:
+    """Class numbers from "3,5" or names."""
+    found = []
+    for part in filter(None, text.split(",")):
+        if part in classes:
+            found.append(classes.index(part))
+        elif part.removeprefix("-").isdecimal():
+            found.append(int(part))
+        else:
+            names = f" or a name, such as {classes[0]}" if classes else ""
+            raise ConfigError(f"labels: got {part!r}, expected class numbers{names}")
+    if not found:
+        raise ConfigError("labels: got none, expected at least one, such as --labels 3 5")
+    return found
+
+
+def join_labels(arguments: list[str]) -> list[str]:
+    """`--labels 3 5` as `--labels 3,5`: click options take one value each."""
+    found: list[str] = []
+    inside = False
+    for argument in arguments:
+        if inside and not (argument.startswith("-") and not argument[1:].isdigit()):
+            found[-1] += "," * bool(found[-1]) + argument
+            continue
+        inside = argument == "--labels"
+        found += [argument, ""] if inside else [argument]
+    return found

@@ -1,0 +1,252 @@
+"""The export stage: checked against torch, refused where it cannot be, safe to kill."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections import namedtuple
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, helper
+from safetensors.numpy import load_file
+
+from ditcast import recipe as recipes
+from ditcast.bundle import Bundle
+from ditcast.calibrate import calibrate
+from ditcast.errors import BundleError, ParityError
+from ditcast.export import parity, stage, to_onnx
+from ditcast.models import LoadedModel
+from ditcast.models.base import describe
+from ditcast.runtime.backends import make_backend
+from tests.conftest import RECIPE
+
+Usage = namedtuple("Usage", ["total", "used", "free"])
+
+
+@pytest.fixture
+def calibrated(bundle: Bundle) -> Bundle:
+    """The shared bundle as it was before its export."""
+    bundle.commit({"graphs": (), "golden": ()}, replaces="graphs/")
+    bundle.commit({}, replaces="golden/")
+    return bundle
+
+
+@pytest.fixture(scope="session")
+def traced(tiny: LoadedModel) -> dict[tuple[str, ...], Any]:
+    """Step graphs of the tiny model by their outputs: tracing is what takes long."""
+    del tiny
+    return {}
+
+
+@pytest.fixture
+def quick(traced: dict[tuple[str, ...], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trace each step graph of the tiny model only once."""
+    trace = stage.trace
+
+    def remembered(module: Any, arguments: Any, inputs: Any, outputs: Any, *rest: Any) -> Any:
+        key = tuple(outputs)
+        if key not in traced:
+            traced[key] = trace(module, arguments, inputs, outputs, *rest)
+        return traced[key]
+
+    monkeypatch.setattr(stage, "trace", remembered)
+
+
+@pytest.mark.parametrize(
+    ("target", "name", "limit"),
+    [
+        ("reference", "temporal", 1e-4),
+        ("reference", "full", 1e-4),
+        ("reference", "reuse", 1e-4),
+        ("onnxruntime", "temporal", 1e-4),
+        ("onnxruntime", "reuse", 1e-4),
+    ],
+)
+def test_parity_of_float_graphs_is_recorded(
+    shared_bundle: Bundle, target: str, name: str, limit: float
+) -> None:
+    """Largest difference to torch, as a share of the output's range."""
+    held = {(graph.target, graph.name): graph.parity for graph in shared_bundle.manifest.graphs}
+    assert 0 <= held[target, name]["max_abs_of_range"] <= limit
+    assert held[target, name]["psnr_db"] >= 80
+
+
+def test_parity_of_the_integer_graph_is_recorded(shared_bundle: Bundle) -> None:
+    """Against the torch simulation, a flipped code here and there is all that differs."""
+    held = {(graph.target, graph.name): graph.parity for graph in shared_bundle.manifest.graphs}
+    assert held["onnxruntime", "full"]["psnr_db"] >= 40
+
+
+def test_golden_values_are_what_the_graphs_give(shared_bundle: Bundle) -> None:
+    """Inputs of a full step and its outputs, so that any other machine can check itself."""
+    assert shared_bundle.manifest.golden == ("golden/step.safetensors",)
+    held = load_file(shared_bundle.file("golden/step.safetensors"))
+    feeds = {key: held[f"input.{key}"] for key in ("sample", "features")}
+    for target in ("reference", "onnxruntime"):
+        session = make_backend("onnxruntime").session(shared_bundle.graph(target, "full"))
+        found = session.run(feeds, ["output"])["output"]
+        np.testing.assert_allclose(found, held[f"output.{target}"], rtol=0, atol=1e-5)
+    assert not np.array_equal(held["output.reference"], held["output.onnxruntime"])
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize(
+    ("limit", "value", "graph"),
+    [("FLOAT_LIMIT", -1.0, "temporal.onnx"), ("QUANTIZED_LIMIT_DB", 999.0, "full.onnx")],
+)
+def test_a_graph_that_differs_is_not_kept(
+    calibrated: Bundle,
+    tiny: LoadedModel,
+    monkeypatch: pytest.MonkeyPatch,
+    limit: str,
+    value: float,
+    graph: str,
+) -> None:
+    """With a limit that nothing can meet, the export fails and leaves the bundle as it was."""
+    monkeypatch.setattr(parity, limit, value)
+    with pytest.raises(
+        ParityError, match=f"{graph} differs from torch: got .* nothing was written"
+    ):
+        to_onnx(calibrated, tiny)
+    found = Bundle.open(calibrated.path)
+    assert found.verify() == 1  # the scales
+    with pytest.raises(BundleError, match="no graphs yet"):
+        found.graph("reference", "full")
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from ditcast.bundle import Bundle
+from ditcast.export import parity, to_onnx
+from ditcast.models import load
+
+measure, calls = parity.measure, []
+
+def kill_in_the_second_target(*arguments):
+    calls.append(1)
+    if len(calls) == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return measure(*arguments)
+
+parity.measure = kill_in_the_second_target
+to_onnx(Bundle.open(Path(sys.argv[1])), load(sys.argv[2]))
+"""
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_killed_export_is_repeated(
+    calibrated: Bundle, tiny: LoadedModel, tiny_dir: Path, shared_bundle: Bundle
+) -> None:
+    """`kill -9` half way: the bundle is as before, and a second run gives the usual graphs."""
+    command = [sys.executable, "-c", KILLED, str(calibrated.path), str(tiny_dir)]
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == -9, done.stderr
+    left = calibrated.path / ".staging" / "new" / "graphs" / "reference" / "sampler.onnx"
+    assert left.is_file()
+    found = Bundle.open(calibrated.path)
+    assert found.verify() == 1
+    to_onnx(found, tiny)
+    assert Bundle.open(found.path).manifest.files == shared_bundle.manifest.files
+    found.verify()
+    assert not (found.path / ".staging").exists()
+
+
+def test_an_export_that_is_up_to_date_is_left_alone(
+    bundle: Bundle, tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second call does no work."""
+    monkeypatch.setattr(stage, "make_probes", None)
+    before = bundle.manifest
+    to_onnx(bundle, tiny)
+    assert Bundle.open(bundle.path).manifest == before
+
+
+def test_a_full_disk_is_found_before_the_work(
+    calibrated: Bundle, tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The message says how much there is and how much is needed."""
+    monkeypatch.setattr(stage, "make_probes", None)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(0, 0, 2**20))
+    with pytest.raises(BundleError, match=r"has 1 MiB free, expected at least 2 MiB .* free some"):
+        to_onnx(calibrated, tiny)
+
+
+def test_export_needs_the_scales_of_its_recipe(
+    calibrated: Bundle, tiny: LoadedModel, tmp_path: Path
+) -> None:
+    """None yet, or those of something else."""
+    empty = Bundle.create(tmp_path / "empty", describe(tiny, recipes.make(RECIPE)))
+    with pytest.raises(
+        BundleError, match="is not calibrated; run: ditcast calibrate .* -o .*/empty"
+    ):
+        to_onnx(empty, tiny)
+    held = calibrated.manifest.quantization
+    assert held is not None
+    calibrated.commit({"quantization": held.model_copy(update={"made_from": "0" * 64})})
+    with pytest.raises(BundleError, match="are of another recipe; compile the bundle again"):
+        to_onnx(calibrated, tiny)
+
+
+@pytest.mark.usefixtures("quick")
+def test_scheme_none_exports_float_graphs(tiny: LoadedModel, tmp_path: Path) -> None:
+    """Both targets are there, and the second has no integers either."""
+    bundle = Bundle.create(
+        tmp_path / "float", describe(tiny, recipes.make(RECIPE | {"scheme": "none"}))
+    )
+    calibrate(bundle, tiny)
+    to_onnx(bundle, tiny)
+    for name in ("full", "sampler"):
+        pair = [bundle.graph(target, name).read_bytes() for target in ("reference", "onnxruntime")]
+        assert pair[0] == pair[1]
+    assert bundle.verify() == 11  # 2 targets of 4 graphs and weights, the golden step
+
+
+@pytest.fixture
+def identity(tmp_path: Path) -> Path:
+    """A graph that gives back its input."""
+    value = [helper.make_tensor_value_info(n, TensorProto.FLOAT, ["N"]) for n in ("x", "y")]
+    graph = helper.make_graph(
+        [helper.make_node("Identity", ["x"], ["y"])], "g", value[:1], value[1:]
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    onnx.save(model, tmp_path / "identity.onnx")
+    return tmp_path / "identity.onnx"
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), 1.5])
+def test_parity_fails_on_wrong_and_on_missing_numbers(
+    identity: Path, quantized: bool, wrong: float
+) -> None:
+    """NaN compares as neither more nor less, and must not pass for that."""
+    expected = torch.tensor([0.0, 0.5, 1.0])
+    for x, y in (
+        (torch.tensor([0.0, 0.5, wrong]), expected),
+        (expected, torch.tensor([0.0, 0.5, wrong])),
+    ):
+        with np.errstate(invalid="ignore"), pytest.raises(ParityError, match="differs from torch"):
+            parity.measure(identity, {"x": x}, {"y": y}, quantized)
+
+
+def test_parity_is_relative_to_the_range(identity: Path) -> None:
+    """An error of 0.001 in a range of 100: 1e-5 and, root mean square of 4 values, 106 dB."""
+    x = torch.tensor([0.0, 50.0, 75.0, 100.0])
+    y = torch.tensor([0.0, 50.001, 75.0, 100.0])
+    found, outputs = parity.measure(identity, {"x": x}, {"y": y}, quantized=False)
+    assert found["max_abs_of_range"] == pytest.approx(1e-5, rel=0.01)
+    assert found["psnr_db"] == pytest.approx(106, abs=0.1)
+    np.testing.assert_array_equal(outputs["y"], x)

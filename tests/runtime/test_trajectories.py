@@ -1,0 +1,194 @@
+"""Whole trajectories against diffusers: its model, its scheduler, and FORA put into its blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, DiTTransformer2DModel
+from diffusers.schedulers import scheduling_ddpm
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ditcast.bundle import Bundle
+from ditcast.calibrate import qparams, trajectory
+from ditcast.models import LoadedModel
+from ditcast.runtime import Pipeline
+from ditcast.schedule import from_config
+
+LABELS = [4, 0, 4]
+SEED = 7
+# 6 steps, the largest values about 3; what remains is the order of float32 sums.
+LIMIT = 1e-3
+
+
+def noise(shape: tuple[int, ...], steps: int) -> Tensor:
+    """Initial and step noise (1 + steps, n, C, H, W), drawn as the documentation says."""
+    drawn = [
+        np.random.default_rng([SEED, i]).standard_normal((1 + steps, *shape), np.float32)
+        for i in range(len(LABELS))
+    ]
+    return torch.from_numpy(np.stack(drawn, axis=1))
+
+
+@torch.no_grad()
+def by_diffusers(
+    model: DiTTransformer2DModel,
+    scheduler: Any,
+    steps: int,
+    guidance: float,
+    before_step: Callable[[int], None] = lambda step: None,
+) -> NDArray[np.float32]:
+    """Sample with nothing of ours."""
+    null = model.config.num_embeds_ada_norm
+    n, channels, size = len(LABELS), model.config.in_channels, model.config.sample_size
+    x = noise((channels, size, size), 0)[0]
+    scheduler.set_timesteps(steps)
+    rows = torch.tensor(LABELS + [null] * n)
+    for step, t in enumerate(scheduler.timesteps):
+        before_step(step)
+        output = model(torch.cat([x, x]), t.expand(2 * n), rows).sample[:, :channels]
+        guided = output[n:] + guidance * (output[:n] - output[n:])
+        x = scheduler.step(guided, t, x).prev_sample
+    found: NDArray[np.float32] = x.numpy()
+    return found
+
+
+@pytest.fixture(scope="module")
+def model(tiny_dir: Path) -> DiTTransformer2DModel:
+    """The tiny model as diffusers loads it."""
+    return DiTTransformer2DModel.from_pretrained(tiny_dir / "transformer").eval()
+
+
+def largest(a: NDArray[Any], b: NDArray[Any]) -> float:
+    """The largest difference, of samples that are not all alike."""
+    assert a.shape == b.shape
+    assert np.abs(a).max() > 0.5
+    return float(np.abs(a - b).max())
+
+
+@pytest.mark.parametrize(("steps", "spacing"), [(6, "leading"), (9, "trailing"), (7, "linspace")])
+def test_fp32_graphs_sample_as_diffusers(
+    steps: int, spacing: str, model: Any, tiny_dir: Path, shared_bundle: Bundle
+) -> None:
+    """DDIM with guidance, in the bundle's schedule and in others that the host loop can do."""
+    scheduler = DDIMScheduler.from_pretrained(tiny_dir / "scheduler", timestep_spacing=spacing)
+    wanted = by_diffusers(model, scheduler, steps, guidance=2.0)
+    pipeline = Pipeline(shared_bundle, target="reference")
+    found = pipeline.sample(LABELS, seed=SEED, steps=steps, spacing=spacing, cache="none")
+    assert largest(found, wanted) < LIMIT
+
+
+def test_calibration_samples_as_diffusers(model: Any, tiny: LoadedModel, tiny_dir: Path) -> None:
+    """The trajectories whose inputs are observed are those of the model."""
+    scheduler = DDIMScheduler.from_pretrained(tiny_dir / "scheduler")
+    wanted = by_diffusers(model, scheduler, 6, guidance=2.0)
+    found = trajectory.sample(
+        tiny.adapter,
+        from_config(tiny.scheduler),
+        sampler="ddim",
+        steps=6,
+        guidance=2.0,
+        seed=SEED,
+        indices=range(3),
+        labels=LABELS,
+    )
+    assert largest(found.numpy(), wanted) < LIMIT
+
+
+def test_ddpm_graphs_sample_as_diffusers(
+    other_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stochastic, v-prediction, clipped, variance channels ignored: the other model."""
+    folder = Path(other_bundle.manifest.model.source)
+    network = DiTTransformer2DModel.from_pretrained(folder / "transformer").eval()
+    scheduler = DDPMScheduler.from_pretrained(folder / "scheduler")
+    drawn = iter(noise((4, 8, 8), 6)[1:])
+
+    def given(*arguments: Any, **options: Any) -> Tensor:
+        del arguments, options
+        return next(drawn)
+
+    monkeypatch.setattr(scheduling_ddpm, "randn_tensor", given)
+    wanted = by_diffusers(network, scheduler, 6, guidance=1.5)
+    found = Pipeline(other_bundle, target="reference").sample(LABELS, seed=SEED, cache="none")
+    assert np.abs(found).max() <= 1  # the last step ends at the clipped mean
+    assert largest(found, wanted) < LIMIT
+
+
+class Cached:
+    """A module that computes on request and repeats its last output otherwise."""
+
+    computing = True
+
+    def __init__(self, module: Any) -> None:
+        """Wrap the module's forward."""
+        self.compute = module.forward
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        """Compute, or repeat."""
+        if Cached.computing:
+            self.output = self.compute(*arguments, **options)
+        return self.output
+
+
+@pytest.fixture
+def cached_model(tiny_dir: Path) -> Iterator[Any]:
+    """The tiny model, whose attention and MLP outputs can be held, before gates apply."""
+    network = DiTTransformer2DModel.from_pretrained(tiny_dir / "transformer").eval()
+    for block in network.transformer_blocks:
+        for module in (block.attn1, block.ff):
+            module.forward = Cached(module)
+    yield network
+    Cached.computing = True
+
+
+def test_caching_is_fora_in_the_blocks_of_diffusers(
+    cached_model: Any, tiny_dir: Path, shared_bundle: Bundle
+) -> None:
+    """T=6, N=2: full at j = 5, 4, 2, 0; in between, slots repeat and gates are fresh."""
+    full = [True, True, False, True, False, True]
+
+    def before_step(step: int) -> None:
+        Cached.computing = full[step]
+
+    scheduler = DDIMScheduler.from_pretrained(tiny_dir / "scheduler")
+    wanted = by_diffusers(cached_model, scheduler, 6, 2.0, before_step)
+    pipeline = Pipeline(shared_bundle, target="reference")
+    assert largest(pipeline.sample(LABELS, seed=SEED), wanted) < LIMIT
+    assert largest(pipeline.sample(LABELS, seed=SEED, loop="graph"), wanted) < LIMIT
+    assert largest(pipeline.sample(LABELS, seed=SEED, cache="none"), wanted) > LIMIT
+
+
+def test_integer_graphs_sample_as_their_simulation(
+    tiny: LoadedModel, shared_bundle: Bundle
+) -> None:
+    """W8A8 without a cache: at least 40 dB (a flipped code is amplified), and better than fp32."""
+    quantization = shared_bundle.manifest.quantization
+    assert quantization is not None
+    scales = qparams.load(shared_bundle.file(quantization.file))
+    with qparams.quantized(tiny.adapter.linears(), scales):
+        simulated = trajectory.sample(
+            tiny.adapter,
+            from_config(tiny.scheduler),
+            sampler="ddim",
+            steps=6,
+            guidance=2.0,
+            seed=SEED,
+            indices=range(3),
+            labels=LABELS,
+        ).numpy()
+    found = Pipeline(shared_bundle).sample(LABELS, seed=SEED, cache="none")
+    exact = Pipeline(shared_bundle, target="reference").sample(LABELS, seed=SEED, cache="none")
+    assert psnr_db(found, simulated) >= 40
+    assert psnr_db(found, simulated) > psnr_db(found, exact) + 6
+
+
+def psnr_db(a: NDArray[Any], b: NDArray[Any]) -> float:
+    """PSNR over all samples, of the range of `b`."""
+    error = np.sqrt(np.mean((a.astype(np.float64) - b) ** 2))
+    return float(20 * np.log10(np.ptp(b) / max(error, 1e-12)))

@@ -1,0 +1,123 @@
+"""Recipes: one definition for YAML, flags and Python."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ditcast.errors import ConfigError
+from ditcast.recipe import SCHEMES, Recipe, load, make
+
+
+@pytest.fixture
+def recipe_file(tmp_path: Path) -> Path:
+    """A file with two keys."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text("steps: 20\nmethod: mse\n")
+    return path
+
+
+def test_flags_go_on_top_of_the_file(recipe_file: Path) -> None:
+    """What neither names has its default."""
+    found = load(recipe_file, {"steps": 30, "guidance": 4.0})
+    assert (found.steps, found.method, found.guidance) == (30, "mse", 4.0)
+    assert found.sampler == Recipe().sampler
+    assert load(None, {}) == Recipe()
+
+
+@given(
+    steps=st.integers(1, 1000),
+    guidance=st.floats(0, 20),
+    method=st.sampled_from(["absmax", "minmax", "percentile", "mse"]),
+    rules=st.booleans(),
+)
+def test_a_recipe_survives_yaml(steps: int, guidance: float, method: str, rules: bool) -> None:
+    """Written as YAML and read again it is the same."""
+    values: dict[str, Any] = {"steps": steps, "guidance": guidance, "method": method, "interval": 1}
+    if rules:
+        values["rules"] = [{"pattern": "*.fc2", "precision": "float"}]
+    recipe = make(values)
+    assert make(yaml.safe_load(yaml.safe_dump(recipe.model_dump(mode="json")))) == recipe
+
+
+def test_rules_of_a_scheme_and_of_a_recipe() -> None:
+    """Own rules replace those of the scheme."""
+    assert make({}).layer_rules() == SCHEMES["w8a8"]
+    assert {rule.precision for rule in make({"scheme": "none"}).layer_rules()} == {"float"}
+    own = make({"rules": [{"pattern": "*", "precision": "float"}]})
+    assert [rule.pattern for rule in own.layer_rules()] == ["*"]
+
+
+@pytest.mark.parametrize(
+    ("values", "match"),
+    [
+        ({"stepz": 3}, "recipe: unknown key 'stepz'; expected one of steps, sampler, guidance"),
+        ({"steps": 0}, "recipe: steps: got 0; input should be greater than or equal to 1"),
+        ({"steps": "many"}, "steps: got 'many'; input should be a valid integer"),
+        ({"sampler": "euler"}, "sampler: got 'euler'; input should be 'ddim' or 'ddpm'"),
+        ({"guidance": float("nan")}, "guidance: got nan"),
+        ({"guidance": -1}, "guidance: got -1"),
+        ({"percentile": 101}, "percentile: got 101"),
+        ({"seed": -1}, "seed: got -1"),
+        (
+            {"steps": 4, "interval": 5},
+            r"interval: got 5, expected at most .* steps \(4\); lower --i",
+        ),
+        ({"rules": "all"}, "rules: got 'all'"),
+        (
+            {"rules": [{"pattern": "*", "precision": "int8", "axis": 0}]},
+            "unknown key 'rules.0.axis'; expected one of pattern, precision",
+        ),
+        ({"rules": [{"pattern": "*", "precision": "int3"}]}, "rules.0.precision: got 'int3'"),
+        ({"steps": 0, "batch": 0}, "steps: got 0; .*; batch: got 0"),
+        ({1: 2}, "1"),
+    ],
+)
+def test_bad_values_are_one_line(values: dict[str, Any], match: str) -> None:
+    """Key, what it got, and what it expects; several at once."""
+    with pytest.raises(ConfigError, match=match) as caught:
+        make(values)
+    assert "\n" not in str(caught.value)
+
+
+def test_without_a_cache_the_interval_does_not_matter() -> None:
+    """It is not read, so it cannot be wrong."""
+    assert make({"steps": 2, "interval": 9, "cache": "none"}).interval == 9
+
+
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        (b"steps: [1", "is not YAML: while parsing a flow sequence"),
+        (b"\x80\x81", "is not YAML"),
+        (b"\x00", "is not YAML"),
+        (b"- steps\n", "holds list, expected keys like 'steps: 50'"),
+        (b"steps\n", "holds str, expected keys"),
+        (b"", "holds NoneType, expected keys"),
+        (
+            b"!!python/object/apply:os.mkdir [exploded]",
+            "is not YAML: could not determine a construc",
+        ),
+    ],
+)
+def test_files_that_are_no_recipe(
+    tmp_path: Path, content: bytes, match: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Text that is no YAML, no text at all, YAML that is no mapping, YAML that would run code."""
+    monkeypatch.chdir(tmp_path)
+    Path("bad.yaml").write_bytes(content)
+    with pytest.raises(ConfigError, match=match):
+        load(Path("bad.yaml"), {})
+    assert [path.name for path in tmp_path.iterdir()] == ["bad.yaml"]
+
+
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    """Missing, or a folder."""
+    for path in (tmp_path / "none.yaml", tmp_path):
+        with pytest.raises(ConfigError, match=f"recipe: no file {path}; give a YAML file"):
+            load(path, {})
