@@ -54,7 +54,6 @@ def calibrate(bundle: Bundle, model: LoadedModel) -> None:
         )
         for name, linear in chosen.items()
     }
-    bundle.clear()
     qparams.save(found, bundle.staged(SCALES))
     quantization = Quantization(
         made_from=manifest.fingerprint(),

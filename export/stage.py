@@ -55,7 +55,6 @@ def to_onnx(bundle: Bundle, model: LoadedModel) -> None:
     graphs = bundle.manifest.graphs
     if graphs and all(graph.made_from == made_from for graph in graphs):
         return
-    bundle.clear()
     _check_disk(bundle, model)
     qparams = _qparams(bundle, model)
     probes = make_probes(model, bundle.manifest.recipe.seed)

@@ -39,12 +39,11 @@ def write_report(bundle: Bundle, report: dict[str, Any]) -> Path | None:
     `report` is what `ditcast.runtime.bench.bench` returns. Returns the page's path, None where
     it could not be made.
     """
-    bundle.clear()
     figures = {key: value for key, value in report.items() if key != "shown"}
     names = [FIGURES]
     bundle.staged(FIGURES).write_text(json.dumps(figures, indent=1) + "\n")
     for variant, samples in pictured(report).items():
-        names.append(f"reports/{_slug(variant)}.png")
+        names.append(picture_name(variant))
         images.grid(samples).save(bundle.staged(names[-1]))
     page = _page(bundle, report)
     if page is not None:
@@ -54,8 +53,9 @@ def write_report(bundle: Bundle, report: dict[str, Any]) -> Path | None:
     return None if page is None else bundle.file(PAGE)
 
 
-def _slug(name: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+def picture_name(variant: str) -> str:
+    """The file in the bundle that holds the picture grid of a variant."""
+    return f"reports/{re.sub(r'[^a-z0-9]+', '-', variant.lower()).strip('-')}.png"
 
 
 def _page(bundle: Bundle, report: dict[str, Any]) -> str | None:

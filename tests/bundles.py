@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ditcast import recipe as recipes
 from ditcast.bundle import FORMAT_VERSION, Bundle, Graph, Manifest, ModelInfo, Quantization
-from ditcast.recipe import Recipe
 
 SCALES = "calibration/scales.safetensors"
 FILES = {
@@ -35,7 +35,7 @@ def manifest(fingerprint: str = "f" * 64, **recipe: Any) -> Manifest:
     return Manifest(
         format_version=FORMAT_VERSION,
         producer={"ditcast": "0"},
-        recipe=Recipe(**recipe),
+        recipe=recipes.make(recipe),
         model=info,
         schedule={"_class_name": "DDIMScheduler"},
     )

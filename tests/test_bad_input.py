@@ -108,6 +108,13 @@ def pickle_weights() -> None:
     Path("model/transformer/diffusion_pytorch_model.bin").write_bytes(pickle.dumps(Bomb()))
 
 
+def source_gone() -> None:
+    """Let the bundle, calibrated but not exported, be of a model that is no longer there."""
+    without_graphs()
+    bundle = Bundle.open(Path("b"))
+    bundle.commit({"model": bundle.manifest.model.model_copy(update={"source": "gone"})})
+
+
 MODELS: dict[str, Case] = {
     "no model": (
         nothing,
@@ -156,18 +163,11 @@ MODELS: dict[str, Case] = {
         "has 0 names, expected 5",
     ),
     "the model of a bundle is gone": (
-        lambda: (without_graphs(), list_source("gone")),
+        source_gone,
         ("export", "b"),
         "model: 'gone' is neither",
     ),
 }
-
-
-def list_source(source: str) -> None:
-    """Let the bundle be of a model elsewhere."""
-    bundle = Bundle.open(Path("b"))
-    info = bundle.manifest.model.model_copy(update={"source": source})
-    bundle.commit({"model": info})
 
 
 RULES = "rules: [{pattern: 'blokcs.*', precision: int8}, {pattern: '*', precision: float}]"

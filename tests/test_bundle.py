@@ -50,13 +50,13 @@ def test_a_bundle_says_what_it_holds(small: Bundle) -> None:
     assert found.graph("reference", "full") == small.path / "graphs/reference/full.onnx"
 
 
-def flip(path: Path, offset: int, bit: int) -> Callable[[], None]:
+def flip(path: Path, offset: int, bit: int) -> Callable[[], object]:
     """Flip a bit of a file; returns a function that puts it back."""
     content = path.read_bytes()
     changed = bytearray(content)
     changed[offset] ^= 1 << bit
     path.write_bytes(changed)
-    return lambda: path.write_bytes(content) and None
+    return lambda: path.write_bytes(content)
 
 
 @given(

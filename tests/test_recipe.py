@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ditcast.errors import ConfigError
-from ditcast.recipe import SCHEMES, Recipe, load, make
+from ditcast.recipe import SCHEMES, load, make
 
 
 @pytest.fixture
@@ -26,8 +26,8 @@ def test_flags_go_on_top_of_the_file(recipe_file: Path) -> None:
     """What neither names has its default."""
     found = load(recipe_file, {"steps": 30, "guidance": 4.0})
     assert (found.steps, found.method, found.guidance) == (30, "mse", 4.0)
-    assert found.sampler == Recipe().sampler
-    assert load(None, {}) == Recipe()
+    assert found.sampler == make({}).sampler
+    assert load(None, {}) == make({})
 
 
 @given(

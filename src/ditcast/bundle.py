@@ -178,7 +178,6 @@ class Bundle:
             raise BundleError(f"bundle: {path} holds other files; give an empty directory to -o")
         path.mkdir(parents=True, exist_ok=True)
         bundle = cls(path, manifest)
-        bundle.clear()
         bundle.commit({})
         return bundle
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,7 @@ def test_only_standard_operators(shared_bundle: Bundle, target: str, name: str) 
 CACHES = ["cache.blocks.0.attn", "cache.blocks.0.mlp", "cache.blocks.1.attn", "cache.blocks.1.mlp"]
 TOKENS, WIDTH, FEATURES = 16, 64, (6 * 2 + 2) * 64
 SAMPLE = ("N", 3, 16, 16)
-SLOTS = {name: (FLOAT, ("N", TOKENS, WIDTH)) for name in CACHES}
+SLOTS = dict.fromkeys(CACHES, (FLOAT, ("N", TOKENS, WIDTH)))
 STEP = {"sample": (FLOAT, SAMPLE), "features": (FLOAT, ("N", FEATURES))}
 CONTRACT: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "temporal": (
@@ -151,7 +152,7 @@ def test_the_graph_loop_shares_the_weights_of_the_step_graphs(
     steps = set().union(*(references(read(shared_bundle, target, n)) for n in GRAPHS[:3]))
     assert references(read(shared_bundle, target, "sampler")) == steps
     ranges = sorted((int(offset), int(length)) for _, offset, length in steps)
-    assert all(a + n <= b for (a, n), (b, _) in zip(ranges, ranges[1:], strict=False))
+    assert all(a + n <= b for (a, n), (b, _) in itertools.pairwise(ranges))
 
 
 def test_int8_weights_take_a_quarter(shared_bundle: Bundle, tiny: LoadedModel) -> None:
@@ -190,7 +191,9 @@ def test_quantized_layers(shared_bundle: Bundle, tiny: LoadedModel, name: str) -
         assert list(quantize.input[1:]) == list(restore.input[1:])
         assert held[quantize.input[1]] == np.float32(scales[layer].activation)
         zero_point = held[quantize.input[2]]
-        assert (zero_point, zero_point.dtype, zero_point.shape) == (128, np.uint8, ())
+        assert zero_point.dtype == np.uint8
+        assert zero_point.shape == ()
+        assert zero_point == 128
         assert restore.input[0] == quantize.output[0]
         assert list(product.input) == [restore.output[0], weight.output[0]]
         assert len(weight.input) == 2  # no zero point: symmetric

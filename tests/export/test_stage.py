@@ -22,6 +22,7 @@ from ditcast.bundle import Bundle
 from ditcast.calibrate import calibrate
 from ditcast.errors import BundleError, ParityError
 from ditcast.export import parity, stage, to_onnx
+from ditcast.export.trace import trace
 from ditcast.models import LoadedModel
 from ditcast.models.base import describe
 from ditcast.runtime.backends import make_backend
@@ -48,12 +49,11 @@ def traced(tiny: LoadedModel) -> dict[tuple[str, ...], Any]:
 @pytest.fixture
 def quick(traced: dict[tuple[str, ...], Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Trace each step graph of the tiny model only once."""
-    trace = stage.trace
 
-    def remembered(module: Any, arguments: Any, inputs: Any, outputs: Any, *rest: Any) -> Any:
-        key = tuple(outputs)
+    def remembered(module: Any, arguments: Any, **options: Any) -> Any:
+        key = tuple(options["outputs"])
         if key not in traced:
-            traced[key] = trace(module, arguments, inputs, outputs, *rest)
+            traced[key] = trace(module, arguments, **options)
         return traced[key]
 
     monkeypatch.setattr(stage, "trace", remembered)

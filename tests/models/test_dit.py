@@ -74,7 +74,7 @@ def test_the_null_label_has_its_own_embedding() -> None:
     t, labels = torch.tensor([500.0]), torch.tensor(LABELS)
     before = adapter.temporal(t, labels)
     for table in adapter.temporal.label:  # type: ignore[union-attr]
-        table.weight[NULL] += 1  # type: ignore[operator, index]
+        table.weight[NULL] += 1
     changed = (adapter.temporal(t, labels) != before).any(dim=-1)[0]
     assert changed.tolist() == [False, False, True]
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import DiTTransformer2DModel
 from safetensors.torch import load_file, save_file
 
 from ditcast.errors import ConfigError, DitcastError, UnsupportedError
@@ -105,7 +106,7 @@ CASES: dict[str, tuple[Damage, type[DitcastError], str]] = {
     "no scheduler": (
         lambda folder: shutil.rmtree(folder / "scheduler"),
         ConfigError,
-        "cannot read scheduler/scheduler_config.json .FileNotFoundError.; expected transformer/ and",
+        "cannot read scheduler/scheduler_config.json .FileNotFoundError.; expected transformer/",
     ),
     "config that is no JSON": (
         write(CONFIG, "{"),
@@ -245,7 +246,7 @@ def test_random_shapes_are_the_published_ones(
 ) -> None:
     """The number of parameters, counted without allocating them."""
     with torch.device("meta"):
-        model = source.DiTTransformer2DModel(**source.RANDOM[shape])
+        model = DiTTransformer2DModel(**source.RANDOM[shape])
         adapter = DiTAdapter(model)
     tib: Any = adapter.temporal
     found = count(adapter.denoiser, tib.modulation, tib.final, tib.time[0], tib.label[0])

@@ -5,9 +5,11 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from ditcast.bundle import Bundle
 from ditcast.errors import BundleError, ConfigError, MissingDependencyError, UnsupportedError
@@ -88,7 +90,7 @@ def test_profiling_gives_a_kernel_for_every_node(shared_bundle: Bundle) -> None:
     """Names as in the graph, so that layers can be found; no file is left behind."""
     backend = make_backend("onnxruntime")
     model = shared_bundle.manifest.model
-    feeds = {
+    feeds: dict[str, NDArray[Any]] = {
         "timesteps": np.array([5.0], np.float32),
         "class_labels": np.array([0, model.num_classes], np.int64),
     }

@@ -107,7 +107,7 @@ def test_ddpm_graphs_sample_as_diffusers(
     folder = Path(other_bundle.manifest.model.source)
     network = DiTTransformer2DModel.from_pretrained(folder / "transformer").eval()
     scheduler = DDPMScheduler.from_pretrained(folder / "scheduler")
-    drawn = iter(noise((4, 8, 8), 6)[1:])
+    drawn: Iterator[Tensor] = iter(noise((4, 8, 8), 6)[1:])
 
     def given(*arguments: Any, **options: Any) -> Tensor:
         del arguments, options
