@@ -8,10 +8,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ditcast import tensors
 from ditcast.calibrate.ranges import fake_quantize, weight_codes
 from ditcast.errors import ConfigError
 from ditcast.recipe import Rule
@@ -62,22 +63,22 @@ def _summary(names: Sequence[str]) -> str:
 
 
 def save(qparams: QParams, path: Path) -> None:
-    """Write the scales as safetensors, in layer order, so that equal scales are equal bytes."""
-    tensors = {}
+    """Write the scales as safetensors; equal scales give equal bytes."""
+    found = {}
     for name, scales in qparams.items():
-        tensors[f"{name}.activation_scale"] = torch.tensor(scales.activation)
-        tensors[f"{name}.weight_scale"] = scales.weight
-    save_file(tensors, path)
+        found[f"{name}.activation_scale"] = np.array(scales.activation, np.float32)
+        found[f"{name}.weight_scale"] = scales.weight.numpy()
+    tensors.save(found, path)
 
 
 def load(path: Path) -> QParams:
     """Read what `save` wrote."""
-    tensors = load_file(path)
-    names = [key.removesuffix(".weight_scale") for key in tensors if key.endswith(".weight_scale")]
+    found, _ = tensors.load(path)
+    names = [key.removesuffix(".weight_scale") for key in found if key.endswith(".weight_scale")]
     return {
         name: LayerScales(
-            activation=float(tensors[f"{name}.activation_scale"]),
-            weight=tensors[f"{name}.weight_scale"],
+            activation=float(found[f"{name}.activation_scale"]),
+            weight=torch.from_numpy(found[f"{name}.weight_scale"]),
         )
         for name in names
     }

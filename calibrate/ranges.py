@@ -16,6 +16,7 @@ from torch import Tensor
 State = dict[str, Tensor]
 
 BINS = 2048
+EXACT = 1 << 24  # `histc` counts in float32, which is exact up to this many values
 MOMENTUM = 0.95
 SHRINK_STEPS = 80  # the 80-point search of the TFMQ-DM code: ranges of 1.00, 0.99 ... 0.21
 WEIGHT_POWER = 2.4  # its error exponent for weights
@@ -72,8 +73,9 @@ def observe_histogram(state: State, x: Tensor) -> State:
     while largest > width:
         merged = counts.reshape(-1, 2).sum(1)
         counts, width = torch.cat([merged, torch.zeros_like(merged)]), width * 2
-    found = torch.histc(magnitude, BINS, 0, float(width))
-    return {"counts": counts + found, "width": width}
+    for part in magnitude.split(EXACT):
+        counts = counts + torch.histc(part, BINS, 0, float(width))
+    return {"counts": counts, "width": width}
 
 
 def bound_percentile(state: State, percentile: float) -> float:

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ditcast.bundle import Bundle, Layer, Quantization
+from ditcast import tensors
+from ditcast.bundle import Bundle
 from ditcast.calibrate import qparams
 from ditcast.calibrate.ranges import LEVELS, OBSERVERS, Observer, State, weight_scale
 from ditcast.calibrate.trajectory import sample
 from ditcast.errors import BundleError, ConfigError
+from ditcast.manifest import Layer, Quantization
 from ditcast.models import LoadedModel
 from ditcast.progress import counting, say
 from ditcast.recipe import Recipe
@@ -42,8 +40,8 @@ def calibrate(bundle: Bundle, model: LoadedModel) -> None:
     precision = qparams.select(list(linears), recipe.layer_rules())
     chosen = {name: linears[name] for name, kind in precision.items() if kind == "int8"}
     if manifest.quantization is not None or not chosen:
+        bundle.clear("calibration")  # a run may have been killed just before it did this
         return
-    started = time.perf_counter()
     labels = draw_labels(recipe, model.adapter.num_classes)
     states = _collect(bundle, model, chosen, labels)
     observer = OBSERVERS[recipe.method]
@@ -62,7 +60,6 @@ def calibrate(bundle: Bundle, model: LoadedModel) -> None:
             Layer(name=name, block=name.rpartition(".")[0], precision="int8") for name in chosen
         ),
         labels=tuple(labels),
-        calibration_s=round(time.perf_counter() - started, 3),
     )
     bundle.commit({"quantization": quantization}, replaces="calibration/")
     bundle.clear("calibration")
@@ -160,9 +157,9 @@ def _observing(
 
 def _save(path: Path, fingerprint: str, states: dict[str, State], done: int) -> None:
     """Write the states and how many trajectories are in them, by temporary file and rename."""
-    tensors = {f"{name}|{key}": t for name, state in states.items() for key, t in state.items()}
+    flat = {f"{name}|{key}": t.numpy() for name, s in states.items() for key, t in s.items()}
     partial = path.with_suffix(".tmp")
-    save_file(tensors, partial, {"fingerprint": fingerprint, "done": json.dumps(done)})
+    tensors.save(flat, partial, {"fingerprint": fingerprint, "done": str(done)})
     partial.replace(path)
 
 
@@ -171,13 +168,16 @@ def _resume(path: Path, fingerprint: str, names: list[str]) -> tuple[dict[str, S
     states: dict[str, State] = {name: {} for name in names}
     if not path.is_file():
         return states, 0
-    with safe_open(path, "pt") as file:
-        metadata = file.metadata()
-        if metadata["fingerprint"] != fingerprint:
-            raise BundleError(
-                f"calibration: {path} is of another model or recipe; remove it to start afresh"
-            )
-        for key in file.keys():  # noqa: SIM118 - not a mapping
-            name, _, field = key.partition("|")
-            states[name][field] = file.get_tensor(key)
+    try:
+        flat, metadata = tensors.load(path)
+    except BundleError as err:
+        say(f"calibrating: starting afresh, what an interrupted run left is unreadable ({err})")
+        return states, 0
+    if metadata["fingerprint"] != fingerprint:
+        raise BundleError(
+            f"calibration: {path} is of another model or recipe; remove it to start afresh"
+        )
+    for key, array in flat.items():
+        name, _, field = key.partition("|")
+        states[name][field] = torch.from_numpy(array)
     return states, int(metadata["done"])

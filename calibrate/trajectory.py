@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ditcast.cache import StepPlan
 from ditcast.models import Adapter
 from ditcast.sampling import (
     Coefficients,
@@ -31,11 +33,14 @@ def sample(
     seed: int,
     indices: Sequence[int],
     labels: Sequence[int],
+    plan: StepPlan | None = None,
+    stop_after: int | None = None,
     callback: Callable[[int], None] | None = None,
 ) -> Tensor:
-    """Sample image `indices` of `seed` with `labels`, every step full; returns (n, C, H, W).
+    """Sample image `indices` of `seed` with `labels`; returns (n, C, H, W).
 
-    `callback` is called after each step with its number.
+    Without a `plan` every step is full. `stop_after` ends the trajectory early, at the still
+    noisy sample. `callback` is called after each step with its number.
     """
     n, channels = len(labels), adapter.sample_shape[0]
     noises = steps if needs_noise(sampler) else 0
@@ -45,10 +50,12 @@ def sample(
     unique, inverse = torch.unique(torch.tensor(rows), return_inverse=True)
     timesteps = torch.from_numpy(schedule.timesteps(steps)).float()
     features = adapter.temporal(timesteps, unique)  # (T, U, F)
+    table = coefficients(schedule, sampler, steps).tolist()
+    network = _Network(adapter, plan)
     x = noise[0]
-    for step, row in enumerate(coefficients(schedule, sampler, steps).tolist()):
+    for step, row in enumerate(table[:stop_after]):
         repeated = x.repeat(len(rows) // n, 1, 1, 1)
-        output = adapter.denoiser(repeated, features[step][inverse])[0]
+        output = network.run(step, repeated, features[step][inverse])
         output = guide(output, n, channels, guidance)
         x = update(
             x, output, noise[1 + step] if noises else None, Coefficients(*row), schedule.clip
@@ -56,3 +63,22 @@ def sample(
         if callback is not None:
             callback(step)
     return x
+
+
+class _Network:
+    """Full and reuse steps of a plan, with the caches of its last full steps."""
+
+    def __init__(self, adapter: Adapter, plan: StepPlan | None) -> None:
+        self.adapter, self.plan = adapter, plan
+        self.caches: deque[tuple[Tensor, ...]] = deque(maxlen=plan.history if plan else 0)
+
+    def run(self, step: int, sample: Tensor, features: Tensor) -> Tensor:
+        if self.plan is None or self.plan.full[step]:
+            output, *caches = self.adapter.denoiser(sample, features)
+            self.caches.appendleft(tuple(caches))
+        else:
+            weights = torch.from_numpy(self.plan.weights[step])
+            past = [tensor for caches in self.caches for tensor in caches]
+            output = self.adapter.reuse(self.plan.history)(sample, features, weights, *past)
+        found: Tensor = output
+        return found

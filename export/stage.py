@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,36 +10,45 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 import torch
-from safetensors.numpy import save_file
 from torch import Tensor
 from torch.export import Dim
 
-from ditcast.bundle import Bundle, Graph
-from ditcast.cache import make_plan
+from ditcast import tensors
+from ditcast.bundle import Bundle
+from ditcast.cache import StepPlan, make_plan
 from ditcast.calibrate.qparams import QParams, quantized
 from ditcast.calibrate.qparams import load as load_qparams
+from ditcast.calibrate.trajectory import sample
 from ditcast.errors import BundleError
 from ditcast.export import parity
 from ditcast.export.loop import LoopSpec, sampler_graph
 from ditcast.export.quantize import insert_qdq
 from ditcast.export.store import WeightStore
 from ditcast.export.trace import trace
-from ditcast.models import LoadedModel
+from ditcast.manifest import Graph, hash_file
+from ditcast.models import Adapter, LoadedModel
 from ditcast.progress import say
 from ditcast.sampling import coefficients, draw_noise, needs_noise
-from ditcast.schedule import from_config
+from ditcast.schedule import NoiseSchedule, from_config
 
 TARGETS = ("reference", "onnxruntime")
 STEP_GRAPHS = ("temporal", "full", "reuse")
+SHORT, SHORT_STEPS = "short", 2  # a graph loop that is only there while parity is measured
 
 
 class Probe(NamedTuple):
-    """One step graph in torch with real inputs: what is traced and what parity is measured on."""
+    """One graph in torch with real inputs: what is traced and what parity is measured on."""
 
-    module: torch.nn.Module
+    module: Any  # a torch module, or for the graph loop a function
     feeds: dict[str, Tensor]
     outputs: list[str]
     dynamic: list[dict[int, Any]]
+
+    @torch.no_grad()
+    def run(self) -> dict[str, Tensor]:
+        """The outputs by name."""
+        found = self.module(*self.feeds.values())
+        return dict(zip(self.outputs, found if isinstance(found, tuple) else (found,), strict=True))
 
 
 def to_onnx(bundle: Bundle, model: LoadedModel) -> None:
@@ -55,9 +63,11 @@ def to_onnx(bundle: Bundle, model: LoadedModel) -> None:
     graphs = bundle.manifest.graphs
     if graphs and all(graph.made_from == made_from for graph in graphs):
         return
+    bundle.clear()  # what an interrupted export staged takes up the disk that is checked here
     _check_disk(bundle, model)
     qparams = _qparams(bundle, model)
-    probes = make_probes(model, bundle.manifest.recipe.seed)
+    schedule = from_config(bundle.manifest.schedule)
+    probes = make_probes(model, schedule, bundle.manifest.recipe.seed)
     say("exporting: tracing the model")
     linears = model.adapter.linears()
     traced = {
@@ -78,7 +88,7 @@ def to_onnx(bundle: Bundle, model: LoadedModel) -> None:
         scales = {} if target == "reference" else qparams
         folder = bundle.staged(f"graphs/{target}/sampler.onnx").parent
         _write_target(bundle, model, target, folder, traced=traced, qparams=scales)
-        differences, outputs = _compare(folder, probes, linears, scales)
+        differences, outputs = _compare(bundle, model.adapter, folder, probes, scales)
         golden[f"output.{target}"] = outputs
         for name in (*STEP_GRAPHS, "sampler"):
             path = f"graphs/{target}/{name}.onnx"
@@ -88,18 +98,18 @@ def to_onnx(bundle: Bundle, model: LoadedModel) -> None:
                     name=name,
                     path=path,
                     made_from=made_from,
-                    parity=differences.get(name, {}),
+                    parity=differences[name],
                 )
             )
-    save_file(golden, bundle.staged("golden/step.safetensors"))
+    tensors.save(golden, bundle.staged("golden/step.safetensors"))
     bundle.commit({"graphs": tuple(found), "golden": ("golden/step.safetensors",)}, "graphs/")
 
 
-def make_probes(model: LoadedModel, seed: int) -> dict[str, Probe]:
+def make_probes(model: LoadedModel, schedule: NoiseSchedule, seed: int) -> dict[str, Probe]:
     """The step graphs with inputs of a real request: two images with guidance, mid-trajectory."""
     adapter = model.adapter
     labels = torch.tensor([0, adapter.num_classes - 1, adapter.num_classes])
-    total = len(from_config(model.scheduler).alphas_cumprod)
+    total = len(schedule.alphas_cumprod)
     timesteps = torch.tensor([float(total // 2), float(total // 4)])
     noise = [draw_noise(seed, i, adapter.sample_shape, 0)[0] for i in range(2)]
     sample = torch.from_numpy(np.stack(noise)).repeat(2, 1, 1, 1)
@@ -135,7 +145,7 @@ def _write_target(
     traced: dict[str, gs.Graph],
     qparams: QParams,
 ) -> None:
-    """All graphs of one target over one weights file."""
+    """All graphs of one target over one weights file, and a short graph loop for parity."""
     weights = {name: linear.weight.data for name, linear in model.adapter.linears().items()}
     with WeightStore(folder) as store:
         for name in STEP_GRAPHS:
@@ -147,21 +157,24 @@ def _write_target(
             name: onnx.load(folder / f"{name}.onnx", load_external_data=False)
             for name in STEP_GRAPHS
         }
-        store.save_proto(sampler_graph(_loop_spec(bundle, model, parts)), folder / "sampler.onnx")
+        for name, steps in (("sampler", bundle.manifest.recipe.steps), (SHORT, SHORT_STEPS)):
+            spec = _loop_spec(bundle, model.adapter, parts, steps)
+            store.save_proto(sampler_graph(spec), folder / f"{name}.onnx")
 
 
-def _loop_spec(bundle: Bundle, model: LoadedModel, parts: dict[str, onnx.ModelProto]) -> LoopSpec:
-    recipe, adapter = bundle.manifest.recipe, model.adapter
-    schedule = from_config(model.scheduler)
+def _loop_spec(
+    bundle: Bundle, adapter: Adapter, parts: dict[str, onnx.ModelProto], steps: int
+) -> LoopSpec:
+    """The first `steps` steps of the bundle's schedule and plan."""
+    recipe, plan = bundle.manifest.recipe, _plan(bundle)
+    schedule = from_config(bundle.manifest.schedule)
     return LoopSpec(
         temporal=parts["temporal"],
         full=parts["full"],
         reuse=parts["reuse"],
-        plan=make_plan(
-            recipe.cache, steps=recipe.steps, interval=recipe.interval, slots=len(adapter.slots)
-        ),
-        timesteps=schedule.timesteps(recipe.steps),
-        table=coefficients(schedule, recipe.sampler, recipe.steps),
+        plan=StepPlan(full=plan.full[:steps], weights=plan.weights[:steps]),
+        timesteps=schedule.timesteps(recipe.steps)[:steps],
+        table=coefficients(schedule, recipe.sampler, recipe.steps)[:steps],
         clip=schedule.clip,
         null_label=adapter.num_classes,
         sample_shape=adapter.sample_shape,
@@ -169,32 +182,71 @@ def _loop_spec(bundle: Bundle, model: LoadedModel, parts: dict[str, onnx.ModelPr
     )
 
 
+def _plan(bundle: Bundle) -> StepPlan:
+    recipe, slots = bundle.manifest.recipe, len(bundle.manifest.model.slots)
+    return make_plan(recipe.cache, steps=recipe.steps, interval=recipe.interval, slots=slots)
+
+
 def _compare(
+    bundle: Bundle,
+    adapter: Adapter,
     folder: Path,
     probes: dict[str, Probe],
-    linears: dict[str, torch.nn.Linear],
     qparams: QParams,
 ) -> tuple[dict[str, dict[str, float]], Any]:
-    """Parity of every step graph, and the full step's output for the golden file."""
+    """Parity of every graph, and the full step's output for the golden file.
+
+    The graph loop is compared over its first steps, a full one and one that follows: the whole
+    trajectory of a large model would take many minutes.
+    """
     found: dict[str, dict[str, float]] = {}
     output: Any = None
+    probes = probes | {"sampler": _loop_probe(bundle, adapter)}
     for name, probe in probes.items():
-        simulate = bool(qparams) and name == "full"
-        context: contextlib.AbstractContextManager[None] = (
-            quantized(linears, qparams) if simulate else contextlib.nullcontext()
-        )
-        with torch.no_grad(), context:
-            expected = probe.module(*probe.feeds.values())
-        tensors = expected if isinstance(expected, tuple) else (expected,)
-        compared = dict(zip(probe.outputs, tensors, strict=True))
-        if simulate:  # later slots see the flipped codes of earlier ones; the output counts
-            compared = {"output": compared["output"]}
-        found[name], outputs = parity.measure(
-            folder / f"{name}.onnx", probe.feeds, compared, simulate
-        )
+        expected, unquantized = probe.run(), None
+        if qparams and name in ("full", "sampler"):
+            # Later slots see the flipped codes of earlier ones; what counts is what comes out.
+            unquantized = {probe.outputs[0]: expected[probe.outputs[0]]}
+            with quantized(adapter.linears(), qparams):
+                expected = {probe.outputs[0]: probe.run()[probe.outputs[0]]}
+        path = folder / f"{SHORT if name == 'sampler' else name}.onnx"
+        found[name], outputs = parity.measure(path, probe.feeds, expected, unquantized)
         if name == "full":
             output = outputs["output"]
+    (folder / f"{SHORT}.onnx").unlink()
     return found, output
+
+
+def _loop_probe(bundle: Bundle, adapter: Adapter) -> Probe:
+    """The first steps of one image with guidance, as torch samples them."""
+    recipe, schedule = bundle.manifest.recipe, from_config(bundle.manifest.schedule)
+    label, steps = adapter.num_classes - 1, min(SHORT_STEPS, recipe.steps)
+
+    def first_steps(*feeds: Tensor) -> Tensor:
+        del feeds  # the same noise, drawn again
+        return sample(
+            adapter,
+            schedule,
+            sampler=recipe.sampler,
+            steps=recipe.steps,
+            guidance=recipe.guidance,
+            seed=recipe.seed,
+            indices=[0],
+            labels=[label],
+            plan=_plan(bundle),
+            stop_after=steps,
+        )
+
+    noises = recipe.steps if needs_noise(recipe.sampler) else 0
+    noise = torch.from_numpy(draw_noise(recipe.seed, 0, adapter.sample_shape, noises))
+    feeds = {
+        "noise": noise[:1],
+        "class_labels": torch.tensor([label]),
+        "guidance_scale": torch.tensor(recipe.guidance),
+    }
+    if noises:
+        feeds["step_noise"] = noise[1 : steps + 1, None]
+    return Probe(first_steps, feeds, ["latents"], [])
 
 
 def _qparams(bundle: Bundle, model: LoadedModel) -> QParams:
@@ -206,7 +258,12 @@ def _qparams(bundle: Bundle, model: LoadedModel) -> QParams:
                 f"export: the scales in {bundle.path} are of another recipe; "
                 f"compile the bundle again"
             )
-        return load_qparams(bundle.file(quantization.file))
+        path = bundle.file(quantization.file)
+        if hash_file(path) != bundle.manifest.files[quantization.file]:
+            raise BundleError(
+                f"export: {path} is damaged (its SHA-256 differs); compile the bundle again"
+            )
+        return load_qparams(path)
     if any(rule.precision != "float" for rule in bundle.manifest.recipe.layer_rules()):
         raise BundleError(
             f"export: {bundle.path} is not calibrated; "

@@ -12,10 +12,9 @@ import onnx
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
-from ditcast.export.trace import replace
+from ditcast.export.trace import INLINE_BYTES, replace
 
 FILE = "weights.data"
-INLINE_BYTES = 1024  # smaller tensors stay in the graph file, where shape inference reads them
 ALIGNMENT = 4096  # a page, so that a runtime can map the file
 
 

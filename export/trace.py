@@ -14,7 +14,7 @@ from onnxscript import opset21 as op
 from torch import Tensor, nn
 
 OPSET = 21
-_BIG = 1024  # bytes; smaller initializers travel inside the graph
+INLINE_BYTES = 1024  # smaller tensors stay in the graph, where shape inference reads them
 
 
 def _attention(
@@ -137,7 +137,7 @@ def _to_graphsurgeon(model: onnx_ir.Model) -> gs.Graph:
     for name, value in model.graph.initializers.items():
         tensor = value.const_value
         assert tensor is not None
-        if tensor.nbytes > _BIG:
+        if tensor.nbytes > INLINE_BYTES:
             array = arrays[name] = tensor.numpy()
             value.const_value = onnx_ir.ExternalTensor(
                 "-", 0, tensor.nbytes, tensor.dtype, shape=onnx_ir.Shape(array.shape), name=name

@@ -6,8 +6,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ditcast import tensors
 from ditcast.bundle import Bundle
 from ditcast.runtime.backends import Backend
+
+GOLDEN_LIMIT_DB = 40.0  # other kernels flip a few codes; saturating ones do far worse
+CAP_DB = 150.0
 
 
 class LayerAudit(NamedTuple):
@@ -25,6 +29,7 @@ class Audit(NamedTuple):
 
     graph: str
     layers: tuple[LayerAudit, ...]
+    golden_db: float  # how closely this machine repeats the step that export kept
     facts: dict[str, Any]
 
     @property
@@ -32,11 +37,17 @@ class Audit(NamedTuple):
         """Layers that are not in an integer kernel."""
         return tuple(layer for layer in self.layers if not layer.integer)
 
+    @property
+    def passed(self) -> bool:
+        """Whether every quantized layer runs in integers, and computes what export computed."""
+        return not self.lost and self.golden_db >= GOLDEN_LIMIT_DB
+
     def as_json(self) -> dict[str, Any]:
         """For `--json` and the report."""
         return {
             "graph": self.graph,
-            "passed": not self.lost,
+            "passed": self.passed,
+            "golden_db": round(self.golden_db, 2),
             "layers": [layer._asdict() for layer in self.layers],
             **self.facts,
         }
@@ -57,7 +68,17 @@ def audit(bundle: Bundle, backend: Backend, loop: str = "host") -> Audit:
         kernel, ms = ran.get(f"{prefix}{layer.name}/MatMul", ("missing", 0.0))
         integer = kernel in backend.integer_kernels
         found.append(LayerAudit(layer.name, layer.block, kernel, integer, ms))
-    return Audit(graph, tuple(found), backend.facts())
+    return Audit(graph, tuple(found), _golden_db(bundle, backend), backend.facts())
+
+
+def _golden_db(bundle: Bundle, backend: Backend) -> float:
+    """PSNR, over the range, of one full step against the output that export wrote down."""
+    golden, _ = tensors.load(bundle.file(bundle.manifest.golden[0]))
+    feeds = {name: golden[f"input.{name}"] for name in ("sample", "features")}
+    session = backend.session(bundle.graph(backend.target, "full"))
+    found, wanted = session.run(feeds, ["output"])["output"], golden[f"output.{backend.target}"]
+    error = np.square(found.astype(np.float64) - wanted).mean() / np.ptp(wanted) ** 2
+    return float(-10 * np.log10(max(error, 10 ** (-CAP_DB / 10))))
 
 
 def _feeds(bundle: Bundle, graph: str) -> dict[str, Any]:

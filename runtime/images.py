@@ -33,33 +33,33 @@ def grid(samples: NDArray[np.float32], columns: int = 0) -> Image.Image:
     return Image.fromarray(sheet)
 
 
-def check_output(path: Path) -> None:
+def check_output(path: Path, channels: int) -> None:
     """Refuse a file that `save` cannot write, before any work is done.
 
     Raises:
-        ConfigError: another file type, or a missing folder.
+        ConfigError: another file type, a missing folder, or latents where pixels are needed.
     """
     if path.suffix not in (".png", ".npy"):
         raise ConfigError(f"output: got {path}, expected a name that ends in .png or .npy")
     if not path.parent.is_dir():
         raise ConfigError(f"output: no folder {path.parent}; create it first")
+    if path.suffix == ".png" and channels != 3:
+        raise ConfigError(
+            f"output: samples have {channels} channels (latents without a decoder), a "
+            f".png needs 3; write them with -o {path.with_suffix('.npy')}"
+        )
 
 
 def save(samples: NDArray[np.float32], path: Path, scale: int = 1, *, columns: int = 0) -> None:
     """Write a `.png` grid, enlarged `scale` times, or the samples themselves as `.npy`.
 
     Raises:
-        ConfigError: as `check_output`, or latents where pixels are needed.
+        ConfigError: as `check_output`.
     """
-    check_output(path)
+    check_output(path, samples.shape[1])
     if path.suffix == ".npy":
         np.save(path, samples)
         return
-    if samples.shape[1] != 3:
-        raise ConfigError(
-            f"output: samples have {samples.shape[1]} channels (latents without a decoder), a "
-            f".png needs 3; write them with -o {path.with_suffix('.npy')}"
-        )
     picture = grid(samples, columns)
     size = (picture.width * scale, picture.height * scale)
     picture.resize(size, Image.Resampling.NEAREST).save(path)

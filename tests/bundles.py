@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ditcast import recipe as recipes
-from ditcast.bundle import FORMAT_VERSION, Bundle, Graph, Manifest, ModelInfo, Quantization
+from ditcast.bundle import Bundle
+from ditcast.manifest import FORMAT_VERSION, Graph, Manifest, ModelInfo, Quantization
 
 SCALES = "calibration/scales.safetensors"
 FILES = {
@@ -56,7 +57,6 @@ def make(path: Path) -> Bundle:
         file=SCALES,
         layers=(),
         labels=(0,),
-        calibration_s=1,
     )
     bundle.commit({"quantization": calibrated})
     stage(bundle, {name: data for name, data in FILES.items() if name != SCALES})

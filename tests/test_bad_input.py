@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from ditcast.bundle import Bundle, FileEntry
+from ditcast.bundle import Bundle
+from ditcast.manifest import FileEntry
 from ditcast.runtime.machine import cores
 from tests.bundles import write_manifest
 from tests.conftest import RECIPE, Cli

@@ -15,8 +15,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ditcast.bundle import MANIFEST, Bundle, FileEntry
+from ditcast.bundle import Bundle
 from ditcast.errors import BundleError
+from ditcast.manifest import MANIFEST, FileEntry
 from tests import bundles
 from tests.bundles import FILES, SCALES
 
@@ -84,6 +85,16 @@ def test_opening_finds_a_flip_anywhere_in_the_manifest(victim: Path) -> None:
         with pytest.raises(BundleError):
             Bundle.open(victim)
         restore()
+
+
+@pytest.mark.parametrize(("old", "new"), [("\n ", "\n\t"), ("}\n", "}"), ('"digest"', '"digest" ')])
+def test_even_white_space_counts(small: Bundle, old: str, new: str) -> None:
+    """A manifest that says the same in other bytes is not the one that was written."""
+    text = (small.path / MANIFEST).read_text()
+    assert old in text
+    (small.path / MANIFEST).write_text(text.replace(old, new))
+    with pytest.raises(BundleError, match=r"is damaged \(its digest differs\)"):
+        Bundle.open(small.path)
 
 
 def test_a_flipped_byte_of_a_compiled_bundle_is_found(bundle: Bundle) -> None:

@@ -179,4 +179,4 @@ def test_noise_is_a_function_of_seed_and_image() -> None:
 
 def test_every_sampler_can_be_asked_for() -> None:
     """The recipe and the table of samplers name the same ones."""
-    assert get_args(Recipe.model_fields["sampler"].annotation) == SAMPLERS
+    assert get_args(Recipe.model_fields["sampler"].annotation) == tuple(SAMPLERS)

@@ -29,11 +29,12 @@ def markdown(report: dict[str, Any]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     request, machine, backend = report["request"], report["machine"], report["backend"]
     flags = ", ".join(machine["cpu_flags"])
+    sampler = report["bundle"]["recipe"]["sampler"].upper()
     note = (
         f"{machine['cpu']} ({flags}), {backend['threads']} threads, ONNX Runtime "
         f"{backend['onnxruntime']}, integer kernels {backend['integer_mode']}; "
-        f"{request['images']} images in batches of {request['batch']}, {request['steps']} DDIM "
-        f"steps, guidance {request['guidance']}; medians; {machine['date']}."
+        f"{request['images']} images in batches of {request['batch']}, {request['steps']} "
+        f"{sampler} steps, guidance {request['guidance']}; medians; {machine['date']}."
     )
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n\n" + note
 

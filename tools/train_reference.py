@@ -21,8 +21,10 @@ import numpy as np
 import torch
 from diffusers import DDPMScheduler, DiTTransformer2DModel
 from numpy.typing import NDArray
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+CHECKPOINT = "checkpoint.safetensors"
 NULL_SHARE = 0.1
 WARM_UP = 200
 DECAY_SHARE = 0.2  # the last fifth of the steps, in which the learning rate falls to zero
@@ -93,7 +95,7 @@ class Run:
         self.scheduler = DDPMScheduler(beta_schedule="linear", clip_sample=False)
         alphas = self.scheduler.alphas_cumprod
         self.loss_weight = (alphas / (1 - alphas)).clamp(max=SNR_CAP) / (alphas / (1 - alphas))
-        if (folder / "state.json").exists():
+        if (folder / CHECKPOINT).exists():
             self.load()
 
     def batch(self, size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -136,12 +138,12 @@ class Run:
         return found
 
     def save(self) -> None:
-        """Write the checkpoint and the fp16 EMA model, each by temporary file and rename."""
+        """Write the checkpoint, by temporary file and rename, then the fp16 EMA model."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        save_file(self.tensors(), self.folder / "checkpoint.tmp")
-        (self.folder / "checkpoint.tmp").replace(self.folder / "checkpoint.safetensors")
         state = {"step": self.step, "seconds": round(self.seconds), "seed": self.seed}
-        (self.folder / "state.json").write_text(json.dumps(state))
+        partial = self.folder / "checkpoint.tmp"
+        save_file(self.tensors(), partial, {"state": json.dumps(state)})
+        partial.replace(self.folder / CHECKPOINT)
         model = self.folder / "model"
         copy.deepcopy(self.ema).half().save_pretrained(model / "transformer")
         self.scheduler.save_pretrained(model / "scheduler")
@@ -149,9 +151,10 @@ class Run:
 
     def load(self) -> None:
         """Continue from the checkpoint."""
-        state = json.loads((self.folder / "state.json").read_text())
+        with safe_open(self.folder / CHECKPOINT, "pt") as file:
+            state = json.loads(file.metadata()["state"])
         self.step, self.seconds, self.seed = state["step"], state["seconds"], state["seed"]
-        tensors = load_file(self.folder / "checkpoint.safetensors")
+        tensors = load_file(self.folder / CHECKPOINT)
         for prefix, module in (("model.", self.model), ("ema.", self.ema)):
             inside = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
             module.load_state_dict(inside)

@@ -52,9 +52,7 @@ class OnnxRuntimeBackend:
 
     name = "onnxruntime"
     target = "onnxruntime"
-    integer_kernels = frozenset(
-        {"MatMulIntegerToFloat", "QLinearMatMul", "QGemm", "DynamicQuantizeMatMul", "QLinearConv"}
-    )
+    integer_kernels = frozenset({"MatMulIntegerToFloat", "QLinearMatMul", "QGemm", "QLinearConv"})
 
     def __init__(self, threads: int = 0) -> None:
         """Use `threads` threads, 0 for one per core; finds out how this CPU multiplies integers.

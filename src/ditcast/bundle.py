@@ -7,116 +7,18 @@ killed run leaves the old bundle as it was.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
-import json
 import os
 import shutil
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
-
 from ditcast.errors import BundleError
+from ditcast.manifest import MANIFEST, Manifest, hash_file, read_manifest, render
 from ditcast.recipe import Recipe
 
-FORMAT_VERSION = 1
-MANIFEST = "manifest.json"
 STAGING = ".staging"
-_CHUNK = 1 << 22
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class FileEntry(_Section):
-    """Size and SHA-256 of one file."""
-
-    size: int
-    sha256: str
-
-
-class ModelInfo(_Section):
-    """The denoiser that the bundle was made of; shapes are without the batch."""
-
-    source: str
-    architecture: str
-    fingerprint: str
-    sample_shape: tuple[int, int, int]
-    output_channels: int
-    classes: tuple[str, ...]
-    num_classes: int
-    slots: tuple[str, ...]
-    features: int
-    parameters: int
-    temporal_parameters: int
-
-
-class Layer(_Section):
-    """One quantized Linear: its name, its block, and the precision it must run in."""
-
-    name: str
-    block: str
-    precision: str
-
-
-class Quantization(_Section):
-    """What calibration found; the scales themselves lie in `file`."""
-
-    made_from: str
-    file: str
-    layers: tuple[Layer, ...]
-    labels: tuple[int, ...]
-    calibration_s: float
-
-
-class Graph(_Section):
-    """One exported graph and the largest difference to torch that export measured."""
-
-    target: str
-    name: str
-    path: str
-    made_from: str
-    parity: dict[str, float]
-
-
-class Manifest(_Section):
-    """Everything a reader has to know; unknown keys are errors."""
-
-    format_version: int
-    producer: dict[str, str]
-    recipe: Recipe
-    model: ModelInfo
-    schedule: dict[str, Any]
-    quantization: Quantization | None = None
-    graphs: tuple[Graph, ...] = ()
-    golden: tuple[str, ...] = ()
-    reports: tuple[str, ...] = ()
-    files: dict[str, FileEntry] = {}
-    digest: str = ""
-
-    def fingerprint(self) -> str:
-        """Hash of what the bundle is made from: model, schedule and recipe."""
-        parts = (self.recipe.model_dump(mode="json"), self.model.fingerprint, self.schedule)
-        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-    def sealed(self) -> Manifest:
-        """The same manifest with the digest over all its other keys."""
-        return self.model_copy(update={"digest": _digest(self.model_dump(mode="json"))})
-
-
-def _digest(values: dict[str, Any]) -> str:
-    rest = {key: value for key, value in values.items() if key != "digest"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
-
-
-def hash_file(path: Path) -> FileEntry:
-    """Size and SHA-256 of a file, read in chunks."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return FileEntry(size=path.stat().st_size, sha256=digest.hexdigest())
 
 
 class Bundle:
@@ -126,7 +28,7 @@ class Bundle:
         """Use `open` or `create`."""
         self.path = path
         self.manifest = manifest
-        self._staging = False  # whether what lies staged is of this object
+        self._lock: int | None = None  # held by a writer, from the first staged file to `commit`
 
     @classmethod
     def open(cls, path: Path) -> Bundle:
@@ -147,8 +49,11 @@ class Bundle:
                     f"bundle: {found} is a link, which can lead out of the bundle; "
                     "put what it points to in its place"
                 )
-        _roll_forward(path)
-        bundle = cls(path, _read_manifest(path / MANIFEST))
+        if (path / STAGING / MANIFEST).is_file():
+            lock = _take_lock(path, wait=True)  # another process may be in the middle of this
+            _roll_forward(path)
+            os.close(lock)
+        bundle = cls(path, read_manifest(path / MANIFEST))
         for name, entry in bundle.manifest.files.items():
             found = bundle.file(name)
             size = found.stat().st_size if found.is_file() else None
@@ -187,23 +92,39 @@ class Bundle:
 
     def staged(self, name: str) -> Path:
         """Where to write the new version of file `name` before `commit`."""
-        if not self._staging:
-            self.clear()
-            self._staging = True
+        self._write()
         target = self.path / STAGING / "new" / name
         target.parent.mkdir(parents=True, exist_ok=True)
         return target
 
     def scratch(self, stage: str) -> Path:
         """A folder in which a stage keeps what a resumed run can use."""
+        self._write()
         folder = self.path / STAGING / stage
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
+    def _write(self) -> None:
+        """Become the only writer, until `commit`; forgets what an interrupted run staged.
+
+        Raises:
+            BundleError: another process is writing, or has written since this bundle was opened.
+        """
+        if self._lock is not None:
+            return
+        self._lock = _take_lock(self.path, wait=False)
+        self.clear()
+        manifest = self.path / MANIFEST
+        if manifest.is_file() and read_manifest(manifest).digest != self.manifest.digest:
+            raise BundleError(
+                f"bundle: {self.path} was changed by another process; run the command again"
+            )
+
     def clear(self, stage: str = "new") -> None:
         """Forget what an interrupted run staged but never committed, or a stage's scratch."""
         _roll_forward(self.path)  # unless it was committed
-        shutil.rmtree(self.path / STAGING / stage, ignore_errors=True)
+        if (self.path / STAGING / stage).exists():
+            shutil.rmtree(self.path / STAGING / stage)
         _remove_if_empty(self.path / STAGING)
 
     def commit(self, update: dict[str, Any], replaces: str = "") -> None:
@@ -212,9 +133,15 @@ class Bundle:
         `replaces` is a path prefix (such as `graphs/`): files under it that were not staged
         again leave the bundle.
         """
-        if not self._staging:
-            self.clear()
-        self._staging = False
+        self._write()
+        try:
+            self._commit(update, replaces)
+        finally:
+            assert self._lock is not None
+            os.close(self._lock)
+            self._lock = None
+
+    def _commit(self, update: dict[str, Any], replaces: str) -> None:
         new = self.path / STAGING / "new"
         staged = sorted(p for p in new.rglob("*") if p.is_file()) if new.is_dir() else []
         files = {
@@ -223,18 +150,18 @@ class Bundle:
             if not (replaces and name.startswith(replaces))
         }
         for path in staged:
+            _flush(path)
             files[path.relative_to(new).as_posix()] = hash_file(path)
         update = update | {"files": dict(sorted(files.items()))}
-        self.manifest = self.manifest.model_copy(update=update).sealed()
+        manifest = self.manifest.model_copy(update=update).sealed()
         journal = self.path / STAGING / MANIFEST
         journal.parent.mkdir(parents=True, exist_ok=True)
-        text = _render(self.manifest)
         partial = journal.with_suffix(".tmp")
-        with partial.open("w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+        partial.write_text(render(manifest.model_dump(mode="json")))
+        _flush(partial)
+        read_manifest(partial)  # never promise what could not be opened again
         partial.replace(journal)
+        self.manifest = manifest
         _roll_forward(self.path)
 
     def verify(self) -> int:
@@ -290,19 +217,38 @@ class Bundle:
         return hashlib.sha256("|".join(parts).encode()).hexdigest()
 
 
+def _take_lock(path: Path, wait: bool) -> int:
+    """Lock the bundle's folder against other writers; the lock ends with the file descriptor."""
+    lock = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError as err:
+        os.close(lock)
+        raise BundleError(
+            f"bundle: {path} is being written by another process; wait for it and run again"
+        ) from err
+    return lock
+
+
+def _flush(path: Path) -> None:
+    """Have the operating system write a file to the disk."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
 def _roll_forward(path: Path) -> None:
     """Finish a committed update: move its files in place, then the manifest, then tidy up."""
     journal = path / STAGING / MANIFEST
     if not journal.is_file():
         return
-    manifest = _read_manifest(journal)
+    manifest = read_manifest(journal)
     new = path / STAGING / "new"
     for staged in sorted(p for p in new.rglob("*") if p.is_file()):
         target = path / staged.relative_to(new)
         target.parent.mkdir(parents=True, exist_ok=True)
         staged.replace(target)
     previous = path / MANIFEST
-    held = set(_read_manifest(previous).files) if previous.is_file() else set()
+    held = set(read_manifest(previous).files) if previous.is_file() else set()
     for name in held - set(manifest.files):
         (path / name).unlink(missing_ok=True)
     journal.replace(previous)
@@ -313,58 +259,6 @@ def _roll_forward(path: Path) -> None:
 def _remove_if_empty(folder: Path) -> None:
     if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()
-
-
-def _read_manifest(path: Path) -> Manifest:
-    """Parse and check a manifest by its digest, its version and the paths it names."""
-    try:
-        text = path.read_text()
-        values = json.loads(text)
-        version = values.get("format_version")
-        if version != FORMAT_VERSION:
-            raise BundleError(
-                f"bundle: {path}: got format_version {version!r}, expected {FORMAT_VERSION}; "
-                "this bundle needs another version of ditcast"
-            )
-        for name in values.get("files", {}):
-            _check_contained(name, path)
-        manifest = Manifest.model_validate(values)
-        for name in _referenced(manifest):
-            if name not in manifest.files:
-                raise ValueError(f"{name!r} is not among its files")
-    except (ValueError, AttributeError, TypeError, ValidationError) as err:
-        problem = err.errors()[0]["msg"] if isinstance(err, ValidationError) else str(err)
-        raise BundleError(
-            f"bundle: {path} is damaged ({problem.splitlines()[0]}); compile the bundle again"
-        ) from err
-    # The text itself is compared too, so that not even white space can change unseen.
-    if _digest(values) != manifest.digest or text != _render(manifest):
-        raise BundleError(
-            f"bundle: {path} is damaged (its digest differs); compile the bundle again"
-        )
-    return manifest
-
-
-def _render(manifest: Manifest) -> str:
-    """The one text of a manifest."""
-    return json.dumps(manifest.model_dump(mode="json"), indent=1) + "\n"
-
-
-def _referenced(manifest: Manifest) -> list[str]:
-    """Every file that a section of the manifest names."""
-    names = [graph.path for graph in manifest.graphs]
-    if manifest.quantization is not None:
-        names.append(manifest.quantization.file)
-    return [*names, *manifest.golden, *manifest.reports]
-
-
-def _check_contained(name: str, manifest: Path) -> None:
-    """Refuse a file name that is absolute or climbs out of the bundle."""
-    pure = PurePosixPath(name)
-    if pure.is_absolute() or ".." in pure.parts or "\\" in name or not pure.parts:
-        raise BundleError(
-            f"bundle: {manifest} names {name!r}, which leads out of the bundle; do not trust it"
-        )
 
 
 def _other_bundle(path: Path, held: Manifest, wanted: Manifest) -> str:

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from ditcast import __version__
 from ditcast.bundle import Bundle
-from ditcast.errors import ConfigError, DitcastError
+from ditcast.errors import ConfigError, DitcastError, ParityError
 from ditcast.options import (
     BACKEND,
     BUNDLE,
@@ -58,20 +58,25 @@ def compile_command(
     **flags: Any,
 ) -> None:
     """All of it: calibrate, export, audit, bench. Resumes where an earlier run stopped."""
+    from ditcast.runtime.backends import make_backend
+
+    make_backend(backend, threads)  # what is wrong with it should be said before the long work
     bundle, loaded = _start(model, output, recipe_file, flags)
     _calibrate(bundle, loaded)
     _export(bundle, loaded)
     del loaded  # a large model and its graphs do not fit in memory together
-    _audit(bundle, backend, threads, "host", None)
+    passed = _audit(bundle, backend, threads, "host", None)
     _bench(
         bundle,
         backend=backend,
         threads=threads,
         count=images,
         steps=None,
-        seed=1,
+        seed=None,
         json_file=json_file,
     )
+    if not passed:
+        raise click.exceptions.Exit(1)
 
 
 @app.command()
@@ -92,7 +97,10 @@ def export(bundle: Path) -> None:
     opened = Bundle.open(bundle)
     source = opened.manifest.model.source
     loaded = _load(source)
-    if loaded.fingerprint != opened.manifest.model.fingerprint:
+    from ditcast.models.base import describe
+
+    manifest = describe(loaded, opened.manifest.recipe)
+    if manifest.fingerprint() != opened.manifest.fingerprint():
         raise ConfigError(
             f"export: {source} has changed since {bundle} was calibrated; "
             "compile a new bundle with another -o"
@@ -138,8 +146,8 @@ def sample(
     from ditcast.progress import counting
     from ditcast.runtime import Pipeline, images, machine
 
-    images.check_output(output)
     pipeline = Pipeline(bundle, backend=backend, target=target, threads=threads)
+    images.check_output(output, pipeline.model.sample_shape[0])
     numbers = parse_labels(labels, pipeline.model.classes)
     size = pipeline.recipe.batch
     starts = range(0, len(numbers), size)
@@ -180,7 +188,7 @@ def sample(
 @THREADS
 @IMAGES
 @click.option("--steps", type=int, help="instead of the recipe's")
-@click.option("--seed", type=click.IntRange(0), default=1, show_default=True)
+@click.option("--seed", type=click.IntRange(0), help="[default: the recipe's and one]")
 @JSON
 def bench(
     bundle: Path,
@@ -188,7 +196,7 @@ def bench(
     threads: int,
     images: int | None,
     steps: int | None,
-    seed: int,
+    seed: int | None,
     json_file: Path | None,
 ) -> None:
     """Measure speed, memory and fidelity against full precision, in one run."""
@@ -210,7 +218,10 @@ def bench(
 @LOOP
 @JSON
 def audit(bundle: Path, backend: str, threads: int, loop: str, json_file: Path | None) -> None:
-    """Say which kernel every quantized layer really runs in; exit 1 if one is in float."""
+    """Say which kernel every quantized layer really runs in; exit 1 if one is in float.
+
+    It also checks that the golden step of the export comes out on this machine.
+    """
     if not _audit(Bundle.open(bundle), backend, threads, loop, json_file):
         raise click.exceptions.Exit(1)
 
@@ -300,7 +311,8 @@ def _audit(bundle: Bundle, backend: str, threads: int, loop: str, json_file: Pat
         click.echo(f"FLOAT {layer.layer}: {layer.kernel}")
     counted = f"{len(found.layers) - len(found.lost)} of {len(found.layers)}"
     click.echo(f"audit: {counted} quantized layers of {found.graph}.onnx run in integer kernels")
-    return not found.lost
+    click.echo(f"audit: the golden step comes out at {found.golden_db:.1f} dB")
+    return found.passed
 
 
 def _bench(
@@ -310,15 +322,17 @@ def _bench(
     threads: int,
     count: int | None,
     steps: int | None,
-    seed: int,
+    seed: int | None,
     json_file: Path | None,
 ) -> None:
     """Measure, print the table, and put JSON, pictures and page into the bundle."""
     from ditcast.runtime.bench import announce, bench, summary
     from ditcast.runtime.report import write_report
 
-    source = bundle.manifest.model.source
-    count = count or (1 if source.startswith("random:") else 128)
+    manifest = bundle.manifest
+    count = count or (1 if manifest.model.source.startswith("random:") else 128)
+    if seed is None:  # not the noise that the scales were found on
+        seed = manifest.recipe.seed + 1
     report = bench(bundle, backend=backend, threads=threads, count=count, steps=steps, seed=seed)
     header, *rows = summary(report)
     table = Table(*header)
@@ -326,9 +340,8 @@ def _bench(
         table.add_row(*row)
     announce(report)
     Console(width=None if sys.stdout.isatty() else 120).print(table)
+    _write_json(json_file, {key: value for key, value in report.items() if key != "shown"})
     page = write_report(bundle, report)
-    figures = {key: value for key, value in report.items() if key != "shown"}
-    _write_json(json_file, figures)
     if page is not None:
         click.echo(f"report: {page}")
 
@@ -343,6 +356,8 @@ def main() -> None:
     arguments = join_labels(sys.argv[1:] or ["--help"])
     try:
         code = app.main(arguments, prog_name="ditcast", standalone_mode=False)
+    except ParityError as err:
+        sys.exit(_fail(str(err), code=1))
     except DitcastError as err:
         sys.exit(_fail(str(err)))
     except click.ClickException as err:
@@ -354,6 +369,6 @@ def main() -> None:
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def _fail(message: str) -> int:
+def _fail(message: str, code: int = 2) -> int:
     print("ditcast: error: " + " ".join(message.split()), file=sys.stderr)
-    return 2
+    return code

@@ -18,7 +18,23 @@ MODEL = click.argument("model")
 OUTPUT = click.option("-o", "--output", required=True, type=click.Path(path_type=Path))
 BACKEND = click.option("--backend", default="onnxruntime", show_default=True, help="runtime")
 THREADS = click.option("--threads", default=0, show_default=True, help="0 is one per core")
-JSON = click.option("--json", "json_file", type=click.Path(path_type=Path), help="write figures")
+
+
+def _in_a_folder(context: click.Context, option: click.Parameter, path: Path | None) -> Path | None:
+    """Refuse a file that could not be written, before the long work."""
+    del context, option
+    if path is not None and not path.parent.is_dir():
+        raise ConfigError(f"json: no folder {path.parent}; create it first")
+    return path
+
+
+JSON = click.option(
+    "--json",
+    "json_file",
+    type=click.Path(path_type=Path, dir_okay=False),
+    callback=_in_a_folder,
+    help="write figures",
+)
 LOOP = click.option(
     "--loop", type=click.Choice(["host", "graph"]), default="host", show_default=True
 )

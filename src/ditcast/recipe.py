@@ -47,7 +47,9 @@ class Recipe(BaseModel):
 
     steps: int = Field(50, ge=1, description="sampler steps")
     sampler: Literal["ddim", "ddpm"] = Field("ddim", description="sampler")
-    guidance: float = Field(2.0, ge=0, description="guidance scale; 1 or less is no guidance")
+    guidance: float = Field(
+        2.0, ge=0, allow_inf_nan=False, description="guidance scale; 1 or less is no guidance"
+    )
     scheme: Literal["w8a8", "none"] = Field("w8a8", description="quantization scheme")
     method: Method = Field("absmax", description="range estimator of activations and weights")
     percentile: float = Field(
@@ -69,6 +71,13 @@ class Recipe(BaseModel):
                 f"interval: got {self.interval}, expected at most the number of steps "
                 f"({self.steps}); lower --interval or raise --steps"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _rules_fit(self) -> Recipe:
+        """Rules that quantize, under a scheme that does not, are a contradiction."""
+        if self.scheme == "none" and any(rule.precision != "float" for rule in self.rules):
+            raise ValueError("rules: got int8 under scheme none; expected scheme w8a8 with them")
         return self
 
     def layer_rules(self) -> tuple[Rule, ...]:

@@ -12,6 +12,7 @@ which is what makes both loops agree bit for bit.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,8 +20,6 @@ from numpy.typing import NDArray
 
 from ditcast.errors import UnsupportedError
 from ditcast.schedule import NoiseSchedule
-
-SAMPLERS = ("ddim", "ddpm")
 
 
 class Coefficients(NamedTuple):
@@ -42,20 +41,25 @@ def needs_noise(sampler: str) -> bool:
 def coefficients(schedule: NoiseSchedule, sampler: str, steps: int) -> NDArray[np.float32]:
     """The table of a trajectory, `(steps, 6)` float32, columns as in `Coefficients`.
 
-    `ddim` is Song et al. 2020, eq. 12 with eta 0; `ddpm` is Ho et al. 2020, Algorithm 2 with
-    the posterior mean of eq. 7 over the strided steps.
-
     Raises:
         UnsupportedError: a learned variance with `ddpm`.
     """
+    return np.stack(SAMPLERS[sampler](schedule, steps), axis=1).astype(np.float32)
+
+
+def _ddim(schedule: NoiseSchedule, steps: int) -> Coefficients:
+    """DDIM (Song et al. 2020, arXiv 2010.02502), eq. 12 with eta 0."""
     now, after = schedule.alpha_pairs(steps)
     c_x, c_o, e_x, e_o = _to_x0_and_epsilon(schedule.prediction, now)
+    direction = np.sqrt(1 - after)
     zero = np.zeros(steps)
-    if sampler == "ddim":
-        direction = np.sqrt(1 - after)
-        rows = (c_x, c_o, np.sqrt(after), direction * e_x, direction * e_o, zero)
-        return np.stack(rows, axis=1).astype(np.float32)
-    after = np.append(now[1:], 1.0)  # as diffusers: to the timestep that really comes next
+    return Coefficients(c_x, c_o, np.sqrt(after), direction * e_x, direction * e_o, zero)
+
+
+def _ddpm(schedule: NoiseSchedule, steps: int) -> Coefficients:
+    """DDPM (Ho et al. 2020, arXiv 2006.11239), Algorithm 2, posterior mean of eq. 7."""
+    now, after = schedule.alpha_pairs(steps)
+    c_x, c_o, _, _ = _to_x0_and_epsilon(schedule.prediction, now)
     alpha = now / after
     variance = {
         "fixed_small": (1 - after) / (1 - now) * (1 - alpha),
@@ -67,10 +71,13 @@ def coefficients(schedule: NoiseSchedule, sampler: str, steps: int) -> NDArray[n
             "expected fixed_small or fixed_large, or use --sampler ddim"
         )
     k_z = np.sqrt(np.maximum(variance, 1e-20))
-    k_z[-1] = 0.0  # the last step ends at the mean
+    k_z[schedule.timesteps(steps) == 0] = 0.0  # as diffusers: no noise at timestep 0
     k_0 = np.sqrt(after) * (1 - alpha) / (1 - now)
     k_x = np.sqrt(alpha) * (1 - after) / (1 - now)
-    return np.stack((c_x, c_o, k_0, k_x, zero, k_z), axis=1).astype(np.float32)
+    return Coefficients(c_x, c_o, k_0, k_x, np.zeros(steps), k_z)
+
+
+SAMPLERS: dict[str, Callable[[NoiseSchedule, int], Coefficients]] = {"ddim": _ddim, "ddpm": _ddpm}
 
 
 def _to_x0_and_epsilon(

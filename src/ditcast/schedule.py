@@ -78,7 +78,10 @@ def betas(config: Mapping[str, Any]) -> NDArray[np.float64]:
     first, last = float(config.get("beta_start", 1e-4)), float(config.get("beta_end", 0.02))
     kind = config.get("beta_schedule", "linear")
     if config.get("trained_betas") is not None:
-        return np.asarray(config["trained_betas"], np.float64)
+        trained = np.asarray(config["trained_betas"], np.float64)
+        if trained.shape != (total,):
+            raise ValueError(f"{trained.size} trained_betas for {total} num_train_timesteps")
+        return trained
     if kind == "linear":
         return np.linspace(first, last, total)
     if kind == "scaled_linear":
@@ -121,6 +124,16 @@ def from_config(config: Mapping[str, Any]) -> NoiseSchedule:
             raise UnsupportedError(
                 f"scheduler: {key}={got!r} is not supported; expected {', '.join(expected)}"
             )
+    try:
+        return _schedule(values, spacing, prediction)
+    except (TypeError, ValueError) as err:
+        raise UnsupportedError(
+            f"scheduler: a value in scheduler_config.json cannot be read ({err}); "
+            "save the scheduler again with save_pretrained"
+        ) from err
+
+
+def _schedule(values: Mapping[str, Any], spacing: str, prediction: str) -> NoiseSchedule:
     alphas = np.cumprod(1 - betas(values), dtype=np.float64)
     clip = float(values.get("clip_sample_range", 1.0)) if values.get("clip_sample", True) else None
     return NoiseSchedule(

@@ -151,8 +151,10 @@ def test_the_graph_loop_shares_the_weights_of_the_step_graphs(
     """It brings no tensor of its own, and the file holds none twice."""
     steps = set().union(*(references(read(shared_bundle, target, n)) for n in GRAPHS[:3]))
     assert references(read(shared_bundle, target, "sampler")) == steps
+    weights = (shared_bundle.graph(target, "full").parent / "weights.data").read_bytes()
     ranges = sorted((int(offset), int(length)) for _, offset, length in steps)
     assert all(a + n <= b for (a, n), (b, _) in itertools.pairwise(ranges))
+    assert len({weights[a : a + n] for a, n in ranges}) == len(ranges)
 
 
 def test_int8_weights_take_a_quarter(shared_bundle: Bundle, tiny: LoadedModel) -> None:

@@ -233,20 +233,32 @@ def test_parity_fails_on_wrong_and_on_missing_numbers(
     identity: Path, quantized: bool, wrong: float
 ) -> None:
     """NaN compares as neither more nor less, and must not pass for that."""
-    expected = torch.tensor([0.0, 0.5, 1.0])
+    expected, far = torch.tensor([0.0, 0.5, 1.0]), torch.tensor([0.1, 0.6, 1.1])
     for x, y in (
         (torch.tensor([0.0, 0.5, wrong]), expected),
         (expected, torch.tensor([0.0, 0.5, wrong])),
     ):
         with np.errstate(invalid="ignore"), pytest.raises(ParityError, match="differs from torch"):
-            parity.measure(identity, {"x": x}, {"y": y}, quantized)
+            parity.measure(identity, {"x": x}, {"y": y}, {"y": far} if quantized else None)
 
 
 def test_parity_is_relative_to_the_range(identity: Path) -> None:
     """An error of 0.001 in a range of 100: 1e-5 and, root mean square of 4 values, 106 dB."""
     x = torch.tensor([0.0, 50.0, 75.0, 100.0])
     y = torch.tensor([0.0, 50.001, 75.0, 100.0])
-    found, outputs = parity.measure(identity, {"x": x}, {"y": y}, quantized=False)
+    found, outputs = parity.measure(identity, {"x": x}, {"y": y})
     assert found["max_abs_of_range"] == pytest.approx(1e-5, rel=0.01)
     assert found["psnr_db"] == pytest.approx(106, abs=0.1)
     np.testing.assert_array_equal(outputs["y"], x)
+
+
+def test_a_quantized_graph_is_closer_to_its_simulation_than_to_the_float_model(
+    identity: Path,
+) -> None:
+    """Forgotten Q/DQ nodes or other scales are as far off as quantization itself: refused."""
+    simulated = torch.tensor([0.0, 0.5, 1.0])
+    flipped, unquantized = simulated + 0.001, simulated + torch.tensor([0.05, -0.05, 0.0])
+    found, _ = parity.measure(identity, {"x": flipped}, {"y": simulated}, {"y": unquantized})
+    assert found["share_of_quantization_error"] < 0.05
+    with pytest.raises(ParityError, match=r"got 1.0e\+00 of the quantization error"):
+        parity.measure(identity, {"x": unquantized}, {"y": simulated}, {"y": unquantized})

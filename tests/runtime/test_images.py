@@ -101,7 +101,7 @@ def test_saved_pictures_are_what_was_sampled(tmp_path: Path) -> None:
 def test_other_outputs_are_refused(tmp_path: Path, name: str, match: str) -> None:
     """Before any work is done."""
     with pytest.raises(ConfigError, match=match):
-        check_output(tmp_path / name)
+        check_output(tmp_path / name, 3)
 
 
 def test_latents_are_no_picture(tmp_path: Path) -> None:

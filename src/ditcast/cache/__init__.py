@@ -27,7 +27,7 @@ def make_plan(policy: str, *, steps: int, interval: int, slots: int) -> StepPlan
     if policy != "none" and interval > steps:
         raise ConfigError(
             f"interval: got {interval}, expected at most the number of steps ({steps}); "
-            "lower --interval or raise --steps"
+            "take more steps, or a bundle with a shorter interval"
         )
     return POLICIES[policy](steps, interval, slots)
 

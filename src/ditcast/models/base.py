@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ditcast.bundle import FORMAT_VERSION, Manifest, ModelInfo
+from ditcast.manifest import FORMAT_VERSION, Manifest, ModelInfo
 from ditcast.recipe import Recipe
 
 

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from diffusers import DiTTransformer2DModel
 
-from ditcast.bundle import hash_file
 from ditcast.errors import ConfigError, UnsupportedError
+from ditcast.manifest import hash_file
 from ditcast.models.base import Adapter, LoadedModel
 from ditcast.models.dit import DiTAdapter
 
@@ -74,6 +74,7 @@ def _random(model: str) -> LoadedModel:
 
 def _from_directory(source: str, folder: Path) -> LoadedModel:
     """A diffusers pipeline directory: `transformer/` and `scheduler/`."""
+    _refuse_other_pipelines(folder)
     config = _json(folder / "transformer" / "config.json", folder)
     scheduler = _json(folder / "scheduler" / "scheduler_config.json", folder)
     architecture = str(config.get("_class_name"))
@@ -97,6 +98,16 @@ def _from_directory(source: str, folder: Path) -> LoadedModel:
         classes=_class_names(folder, int(config.get("num_embeds_ada_norm") or 0)),
         fingerprint=_fingerprint([folder / "transformer" / "config.json", *weights]),
     )
+
+
+def _refuse_other_pipelines(folder: Path) -> None:
+    """Name the denoiser of a pipeline that has no transformer, such as a U-Net."""
+    path = folder / "unet" / "config.json"
+    if path.is_file() and not (folder / "transformer").is_dir():
+        name = _json(path, folder).get("_class_name")
+        raise UnsupportedError(
+            f"model: {folder} holds a {name} in unet/; supported: {', '.join(ADAPTERS)}"
+        )
 
 
 def _load_weights(family: Any, adapter: Any, folder: Path) -> Adapter:
