@@ -82,6 +82,7 @@ def test_ddim_steps_as_diffusers(prediction: str, clip: bool, spacing: str, step
         ("fixed_large", "leading", 10),
         ("fixed_small", "linspace", 7),  # 1000 is no multiple: each step has its own stride
         ("fixed_small", "trailing", 7),
+        ("fixed_large", "trailing", 10),  # ends at timestep 99, and with noise
     ],
 )
 def test_ddpm_steps_as_diffusers(

@@ -30,6 +30,11 @@ class Bundle:
         self.manifest = manifest
         self._lock: int | None = None  # held by a writer, from the first staged file to `commit`
 
+    def __del__(self) -> None:
+        """Let go of the lock where an error came before `commit`."""
+        if self._lock is not None:
+            os.close(self._lock)
+
     @classmethod
     def open(cls, path: Path) -> Bundle:
         """Open a bundle: finish an interrupted update, check manifest, paths and sizes.
@@ -51,8 +56,10 @@ class Bundle:
                 )
         if (path / STAGING / MANIFEST).is_file():
             lock = _take_lock(path, wait=True)  # another process may be in the middle of this
-            _roll_forward(path)
-            os.close(lock)
+            try:
+                _roll_forward(path)
+            finally:
+                os.close(lock)
         bundle = cls(path, read_manifest(path / MANIFEST))
         for name, entry in bundle.manifest.files.items():
             found = bundle.file(name)

@@ -58,7 +58,8 @@ def _ddim(schedule: NoiseSchedule, steps: int) -> Coefficients:
 
 def _ddpm(schedule: NoiseSchedule, steps: int) -> Coefficients:
     """DDPM (Ho et al. 2020, arXiv 2006.11239), Algorithm 2, posterior mean of eq. 7."""
-    now, after = schedule.alpha_pairs(steps)
+    now, _ = schedule.alpha_pairs(steps)
+    after = np.append(now[1:], 1.0)  # as diffusers, unlike DDIM: to the timestep that comes next
     c_x, c_o, _, _ = _to_x0_and_epsilon(schedule.prediction, now)
     alpha = now / after
     variance = {

@@ -100,7 +100,7 @@ def test_a_plan_starts_with_a_full_step() -> None:
 @pytest.mark.parametrize(
     ("policy", "interval", "match"),
     [
-        ("fora", 6, r"interval: got 6, expected at most the number of steps \(5\); lower"),
+        ("fora", 6, r"interval: got 6, expected at most the number of steps \(5\); take more"),
         ("teacache", 2, "cache: unknown policy 'teacache'; expected one of none, fora"),
     ],
 )

@@ -132,7 +132,7 @@ def test_the_bundle_vouches_for_every_report(bundle: Bundle) -> None:
 
 def test_another_report_replaces_the_first(bundle: Bundle) -> None:
     write_report(bundle, make_report(bundle, *NAMES))
-    bundle.staged("reports/left-by-a-killed-run.png").write_bytes(b"")
+    Bundle.open(bundle.path).staged("reports/left-by-a-killed-run.png").write_bytes(b"")
     write_report(bundle, make_report(bundle, "full precision"))
     reopened = Bundle.open(bundle.path)
     reopened.verify()
