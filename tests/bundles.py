@@ -1,8 +1,9 @@
-"""A bundle made by hand in milliseconds, for tests of the directory rather than its graphs."""
+"""A bundle made by hand in milliseconds, and what one who means harm would put into it."""
 
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -75,3 +76,15 @@ def write_manifest(path: Path, changed: Manifest) -> None:
     """Put a manifest into a bundle that is sealed, as one who means harm can do too."""
     text = json.dumps(changed.sealed().model_dump(mode="json"), indent=1) + "\n"
     (path / "manifest.json").write_text(text)
+
+
+class Bomb:
+    """Unpickling this makes a folder."""
+
+    def __init__(self, path: Path | str) -> None:
+        """Say which folder."""
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Run code when unpickled."""
+        return os.mkdir, (str(self.path),)

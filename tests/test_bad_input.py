@@ -17,7 +17,7 @@ import pytest
 from ditcast.bundle import Bundle
 from ditcast.manifest import FileEntry
 from ditcast.runtime.machine import cores
-from tests.bundles import write_manifest
+from tests.bundles import Bomb, write_manifest
 from tests.conftest import RECIPE, Cli
 
 CONFIG = "model/transformer/config.json"
@@ -95,18 +95,12 @@ def without_graphs() -> None:
     Bundle.open(Path("b")).commit({"graphs": ()}, replaces="graphs/")
 
 
-class Bomb:
-    """Unpickling this makes a folder, which would be something written."""
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Run code when unpickled."""
-        return os.mkdir, ("exploded",)
-
-
 def pickle_weights() -> None:
     """Put the weights into a pickle."""
     Path(WEIGHTS).unlink()
-    Path("model/transformer/diffusion_pytorch_model.bin").write_bytes(pickle.dumps(Bomb()))
+    Path("model/transformer/diffusion_pytorch_model.bin").write_bytes(
+        pickle.dumps(Bomb("exploded"))
+    )
 
 
 def source_gone() -> None:
@@ -224,6 +218,11 @@ RECIPES: dict[str, Case] = {
         "model holds other files",
     ),
     "a file in the way": (write("new", "mine"), COMPILE, "new is a file; give a directory to -o"),
+    "a backend that is none, before the long work": (
+        nothing,
+        (*COMPILE, "--backend", "gpu"),
+        "backend: unknown 'gpu'; expected one of onnxruntime",
+    ),
     "no output": (nothing, ("compile", "model"), "Missing option '-o'"),
 }
 
@@ -268,6 +267,11 @@ REQUESTS: dict[str, Case] = {
         nothing,
         (*SAMPLE, 1, "--loop", "graph", "--steps", 4),
         "sampler.onnx holds the plan of steps 6; use --loop host",
+    ),
+    "no folder for the figures": (
+        nothing,
+        (*SAMPLE, 1, "--json", "no/figures.json"),
+        "json: no folder no; create it first",
     ),
     "a .jpg": (
         nothing,
@@ -321,7 +325,7 @@ BUNDLES: dict[str, Case] = {
         "full.onnx in b: got .* bytes, expected .* bytes",
     ),
     "a file that nobody listed": (
-        lambda: Path("b/golden/more.pkl").write_bytes(pickle.dumps(Bomb())),
+        lambda: Path("b/golden/more.pkl").write_bytes(pickle.dumps(Bomb("exploded"))),
         ("verify", "b"),
         "golden/more.pkl in b is not in the manifest; remove it",
     ),

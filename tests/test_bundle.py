@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import pickle
 import shutil
 from collections.abc import Callable
@@ -19,7 +18,7 @@ from ditcast.bundle import Bundle
 from ditcast.errors import BundleError
 from ditcast.manifest import MANIFEST, FileEntry
 from tests import bundles
-from tests.bundles import FILES, SCALES
+from tests.bundles import FILES, SCALES, Bomb
 
 
 @pytest.fixture
@@ -230,18 +229,6 @@ def test_what_is_no_manifest_is_an_error_of_ours(small: Bundle, text: str) -> No
     (small.path / MANIFEST).write_text(text)
     with pytest.raises(BundleError, match="manifest.json"):
         Bundle.open(small.path)
-
-
-class Bomb:
-    """Unpickling this makes a folder."""
-
-    def __init__(self, path: Path) -> None:
-        """Say which folder."""
-        self.path = path
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Run code when unpickled."""
-        return os.mkdir, (str(self.path),)
 
 
 def test_a_pickle_is_never_executed(small: Bundle, tmp_path: Path) -> None:

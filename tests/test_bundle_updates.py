@@ -139,6 +139,50 @@ def test_what_was_staged_and_never_committed_is_forgotten(small: Path) -> None:
     assert contents(small) == OLD_CONTENTS | {"reports/page.html": b"page"}
 
 
+def test_two_writers_never_meet(small: Path) -> None:
+    """While one writes, others read; who opened the bundle before it was changed starts again."""
+    first, second = Bundle.open(small), Bundle.open(small)
+    bundles.stage(first, {"reports/1.txt": b"1"})
+    with pytest.raises(BundleError, match="being written by another process; wait for it and run"):
+        bundles.stage(second, {"reports/2.txt": b"2"})
+    with pytest.raises(BundleError, match="being written by another process"):
+        second.commit({"golden": ()})
+    assert contents(small) == OLD_CONTENTS
+    first.commit({})
+    with pytest.raises(BundleError, match="was changed by another process; run the command again"):
+        bundles.stage(second, {"reports/2.txt": b"2"})
+    third = Bundle.open(small)
+    bundles.stage(third, {"reports/2.txt": b"2"})
+    third.commit({})
+    assert contents(small) == OLD_CONTENTS | {"reports/1.txt": b"1", "reports/2.txt": b"2"}
+
+
+def test_a_writer_that_failed_is_in_nobodys_way(small: Path) -> None:
+    """An error before the commit, in a process that lives on, does not lock the bundle."""
+
+    def fail() -> None:
+        bundles.stage(Bundle.open(small), {"reports/1.txt": b"1"})
+        raise RuntimeError("in the middle")
+
+    with pytest.raises(RuntimeError, match="in the middle"):
+        fail()
+    update(small)
+    assert contents(small) == NEW_CONTENTS
+
+
+def test_a_commit_that_could_not_be_opened_again_is_refused(small: Path) -> None:
+    """A section that names a file which is not there; the bundle stays as it was."""
+    bundle = Bundle.open(small)
+    bundles.stage(bundle, {"reports/1.txt": b"1"})
+    with pytest.raises(BundleError, match="'reports/2.txt' is not among its files"):
+        bundle.commit({"reports": ("reports/2.txt",)})
+    assert contents(small) == OLD_CONTENTS
+    assert bundle.manifest.reports == ()
+    bundles.stage(bundle, {"reports/1.txt": b"1"})
+    bundle.commit({"reports": ("reports/1.txt",)})
+    assert contents(small) == OLD_CONTENTS | {"reports/1.txt": b"1"}
+
+
 def test_the_same_object_can_commit_again(small: Path) -> None:
     """Each commit takes what was staged since the one before."""
     bundle = Bundle.open(small)

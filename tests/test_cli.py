@@ -15,8 +15,11 @@ from PIL import Image
 
 from ditcast import __version__
 from ditcast.bundle import Bundle
+from ditcast.errors import ParityError
+from ditcast.options import join_labels, parse_labels
 from ditcast.recipe import Recipe
 from ditcast.runtime import Pipeline, bench
+from tests import bundles
 from tests.conftest import RECIPE, Cli, Run
 
 FLAGS = [part for key, value in RECIPE.items() for part in (f"--{key}", value)]
@@ -141,6 +144,16 @@ def test_verify_and_inspect(cli: Cli, shared_bundle: Bundle, tmp_path: Path) -> 
     assert values == shared_bundle.manifest.model_dump(mode="json")
 
 
+def test_inspect_prints_names_as_they_are(cli: Cli, tmp_path: Path) -> None:
+    """Brackets are no markup, which could hide them, or be in error."""
+    bundle = bundles.make(tmp_path / "b")
+    info = bundle.manifest.model.model_copy(update={"classes": ("[/x]", "[red]dog")})
+    bundle.commit({"model": info})
+    done = cli("inspect", bundle.path)
+    assert done.code == 0
+    assert "0 [/x], 1 [red]dog" in done.out
+
+
 def test_audit(cli: Cli, bundle: Bundle, tmp_path: Path) -> None:
     """Exit code 0 where every layer is in integers, 1 where one is not, with its name."""
     done = cli("audit", bundle.path, "--loop", "graph", "--json", tmp_path / "audit.json")
@@ -200,10 +213,39 @@ def test_compile_goes_on_where_it_stopped(
     values = json.loads(figures.read_text())
     assert [row["peak_memory_mib"] for row in values["variants"]] == [123.0] * 5
     assert "shown" not in values
+    assert values["request"]["seed"] == 1  # not 0, on which the scales were found
     found = Bundle.open(bundle.path)
     assert found.manifest.graphs == bundle.manifest.graphs
     assert "reports/report.html" in found.manifest.reports
     found.verify()
+
+
+def test_compile_fails_with_its_audit(
+    cli: Cli, tiny_dir: Path, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It measures all the same, and then exits with 1."""
+    monkeypatch.setattr(bench, "_peak_memory_mib", lambda *arguments: 123.0)
+    for name in ("full.onnx", "weights.data"):
+        content = bundle.file(f"graphs/reference/{name}").read_bytes()
+        bundle.staged(f"graphs/onnxruntime/{name}").write_bytes(content)
+    bundle.commit({})
+    done = cli("compile", tiny_dir, "-o", bundle.path, *FLAGS, "--images", 1)
+    assert done.code == 1
+    assert "0 of 8 quantized layers" in done.out
+    assert "reports/bench.json" in Bundle.open(bundle.path).manifest.reports
+
+
+def test_a_graph_that_differs_from_torch_is_a_failed_check(
+    cli: Cli, tiny_dir: Path, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Exit code 1, not 2: it is not the user's mistake."""
+
+    def differ(*arguments: object) -> None:
+        raise ParityError("export: full.onnx differs from torch")
+
+    monkeypatch.setattr("ditcast.export.to_onnx", differ)
+    done = cli("export", bundle.path)
+    assert (done.code, done.err) == (1, "ditcast: error: export: full.onnx differs from torch\n")
 
 
 def test_a_model_that_changed_is_not_exported(
@@ -275,3 +317,12 @@ def test_a_file_system_error_names_the_file(
     done = cli("sample", shared_bundle.path, "-o", tmp_path / "out.npy", "--labels", 0)
     assert done.code == 2
     assert done.err == f"ditcast: error: {tmp_path / 'out.npy'}: Is a directory\n"
+
+
+def test_a_class_name_may_hold_a_comma() -> None:
+    """As the names of ImageNet do."""
+    classes = ("tench, Tinca tinca", "goldfish")
+    joined = join_labels(["--labels", "tench, Tinca tinca", "goldfish", "--seed", "1"])
+    assert parse_labels(joined[1], classes) == [0, 1]
+    assert parse_labels("1,0", classes) == [1, 0]
+    assert joined[2:] == ["--seed", "1"]

@@ -62,6 +62,11 @@ def test_rules_of_a_scheme_and_of_a_recipe() -> None:
         ({"sampler": "euler"}, "sampler: got 'euler'; input should be 'ddim' or 'ddpm'"),
         ({"guidance": float("nan")}, "guidance: got nan"),
         ({"guidance": -1}, "guidance: got -1"),
+        ({"guidance": float("inf")}, "guidance: got inf"),
+        (
+            {"scheme": "none", "rules": [{"pattern": "*", "precision": "int8"}]},
+            "rules: got int8 under scheme none; expected scheme w8a8 with them",
+        ),
         ({"percentile": 101}, "percentile: got 101"),
         ({"seed": -1}, "seed: got -1"),
         (

@@ -99,6 +99,9 @@ def test_clipping_follows_the_config(config: dict[str, Any], clip: float | None)
         ),
         ({"prediction_type": "flow"}, "prediction_type='flow' .* epsilon, v_prediction, sample"),
         ({"beta_schedule": "sigmoid"}, "beta_schedule 'sigmoid' .* expected linear"),
+        ({"trained_betas": [0.1, 0.2]}, "2 trained_betas for 1000 num_train_timesteps"),
+        ({"beta_start": "low"}, "a value in scheduler_config.json cannot be read .*'low'"),
+        ({"steps_offset": None}, "a value in scheduler_config.json cannot be read"),
     ],
 )
 def test_unsupported_keys_are_errors(config: dict[str, Any], match: str) -> None:

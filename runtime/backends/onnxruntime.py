@@ -31,6 +31,7 @@ class OnnxRuntimeSession:
         Raises:
             BundleError: ONNX Runtime cannot load it.
         """
+        self._path = path
         try:
             self._session = onnxruntime.InferenceSession(str(path), options, providers=PROVIDERS)
         except Exception as err:  # ONNX Runtime raises its own, undocumented classes
@@ -39,7 +40,11 @@ class OnnxRuntimeSession:
 
     def run(self, feeds: Arrays, outputs: Sequence[str]) -> dict[str, NDArray[Any]]:
         """Compute the named outputs."""
-        found = self._session.run(list(outputs), dict(feeds))
+        try:
+            found = self._session.run(list(outputs), dict(feeds))
+        except Exception as err:  # as above
+            problem = str(err).strip().splitlines()[0]
+            raise BundleError(f"backend onnxruntime: {self._path} fails: {problem}") from err
         return dict(zip(outputs, found, strict=True))
 
     def end_profiling(self) -> Path:

@@ -32,8 +32,7 @@ class Bundle:
 
     def __del__(self) -> None:
         """Let go of the lock where an error came before `commit`."""
-        if self._lock is not None:
-            os.close(self._lock)
+        self._release()
 
     @classmethod
     def open(cls, path: Path) -> Bundle:
@@ -123,6 +122,7 @@ class Bundle:
         self.clear()
         manifest = self.path / MANIFEST
         if manifest.is_file() and read_manifest(manifest).digest != self.manifest.digest:
+            self._release()
             raise BundleError(
                 f"bundle: {self.path} was changed by another process; run the command again"
             )
@@ -144,7 +144,11 @@ class Bundle:
         try:
             self._commit(update, replaces)
         finally:
-            assert self._lock is not None
+            self._release()
+
+    def _release(self) -> None:
+        """Let others write."""
+        if self._lock is not None:
             os.close(self._lock)
             self._lock = None
 
@@ -157,6 +161,7 @@ class Bundle:
             if not (replaces and name.startswith(replaces))
         }
         for path in staged:
+            path.chmod(0o644)  # some libraries write files that no other user can read
             _flush(path)
             files[path.relative_to(new).as_posix()] = hash_file(path)
         update = update | {"files": dict(sorted(files.items()))}

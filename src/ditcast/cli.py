@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from ditcast import __version__
@@ -259,7 +260,7 @@ def inspect(bundle: Path, json_file: Path | None) -> None:
     }
     for key, value in rows.items():
         if value:
-            table.add_row(key, value)
+            table.add_row(key, escape(value))
     Console(soft_wrap=True).print(table)
 
 

@@ -57,9 +57,12 @@ def recipe_options(command: F) -> F:
 
 
 def parse_labels(text: str, classes: tuple[str, ...]) -> list[int]:
-    """Class numbers from "3,5" or names."""
+    """Class numbers or names, one a line or separated by commas; a name may hold commas."""
+    parts: list[str] = []
+    for line in text.split("\n"):
+        parts += [line] if line in classes else line.split(",")
     found = []
-    for part in filter(None, text.split(",")):
+    for part in filter(None, parts):
         if part in classes:
             found.append(classes.index(part))
         elif part.removeprefix("-").isdecimal():
@@ -73,12 +76,12 @@ def parse_labels(text: str, classes: tuple[str, ...]) -> list[int]:
 
 
 def join_labels(arguments: list[str]) -> list[str]:
-    """`--labels 3 5` as `--labels 3,5`: click options take one value each."""
+    """`--labels 3 5` as one value of two lines: click options take one value each."""
     found: list[str] = []
     inside = False
     for argument in arguments:
         if inside and not (argument.startswith("-") and not argument[1:].isdigit()):
-            found[-1] += "," * bool(found[-1]) + argument
+            found[-1] += "\n" * bool(found[-1]) + argument
             continue
         inside = argument == "--labels"
         found += [argument, ""] if inside else [argument]

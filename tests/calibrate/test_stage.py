@@ -176,6 +176,21 @@ def test_a_killed_run_is_taken_up(
     resumed.verify()
 
 
+def test_unreadable_progress_is_begun_again(
+    tiny: LoadedModel,
+    shared_bundle: Bundle,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """What a dying disk left of an interrupted run is not fatal, only lost."""
+    bundle = start(tiny, tmp_path / "again")
+    (bundle.path / PROGRESS).parent.mkdir(parents=True)
+    (bundle.path / PROGRESS).write_bytes(b"not safetensors")
+    calibrate(bundle, tiny)
+    assert "starting afresh, what an interrupted run left is unreadable" in capsys.readouterr().err
+    assert scales(bundle) == scales(shared_bundle)
+
+
 def test_progress_of_something_else_is_refused(
     tiny: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import pickle
 import shutil
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from ditcast.errors import ConfigError, DitcastError, UnsupportedError
 from ditcast.models import load, source
 from ditcast.models.base import count
 from ditcast.models.dit import DiTAdapter
+from tests.bundles import Bomb
 from tests.conftest import CLASSES, TINY
 
 CONFIG = "transformer/config.json"
@@ -67,18 +67,6 @@ def cut_short(folder: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-class Bomb:
-    """Unpickling this makes a folder."""
-
-    def __init__(self, path: Path) -> None:
-        """Say which folder."""
-        self.path = path
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Run code when unpickled."""
-        return os.mkdir, (str(self.path),)
-
-
 def test_a_pickle_is_named_and_never_executed(folder: Path, tmp_path: Path) -> None:
     """Weights in a pickle are refused; beside safetensors a pickle is left alone."""
     bomb = pickle.dumps(Bomb(tmp_path / "exploded"))
@@ -122,6 +110,14 @@ CASES: dict[str, tuple[Damage, type[DitcastError], str]] = {
         set_config(_class_name="PixArtTransformer2DModel"),
         UnsupportedError,
         "holds a PixArtTransformer2DModel; supported: DiTTransformer2DModel",
+    ),
+    "a pipeline with a U-Net": (
+        lambda folder: (
+            shutil.move(folder / "transformer", folder / "unet"),
+            write("unet/config.json", '{"_class_name": "UNet2DConditionModel"}')(folder),
+        ),
+        UnsupportedError,
+        "holds a UNet2DConditionModel in unet/; supported: DiTTransformer2DModel",
     ),
     "no weights": (
         lambda folder: (folder / WEIGHTS).unlink(),
@@ -217,6 +213,15 @@ def test_a_good_directory(folder: Path) -> None:
     assert second.fingerprint == first.fingerprint
     edit_weights(lambda tensors: tensors[CUT].add_(1))(folder)
     assert load(str(folder)).fingerprint != first.fingerprint
+
+
+def test_the_embedded_model() -> None:
+    """It needs no download: a class-conditional DiT on 32x32 pictures, its classes named."""
+    model = load("emoji")
+    assert model.source == "emoji"
+    assert model.adapter.sample_shape == (3, 32, 32)
+    assert len(set(model.classes)) == model.adapter.num_classes >= 10
+    assert all(bool(torch.isfinite(p).all()) for p in model.adapter.denoiser.parameters())
 
 
 def test_random_weights_are_seeded(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import onnx
 import pytest
 from onnx import numpy_helper
 
+from ditcast import tensors
 from ditcast.bundle import Bundle
 from ditcast.runtime.audit import audit
 from ditcast.runtime.backends import Backend, make_backend
@@ -73,6 +75,21 @@ def test_every_layer_runs_in_integers(
     assert values["passed"] is True
     assert values["onnxruntime"] == backend.facts()["onnxruntime"]
     assert values["layers"][0]["block"] == "blocks.0.attn"
+
+
+def test_the_golden_step_has_to_come_out(bundle: Bundle, backend: Backend) -> None:
+    """Integers that compute something else, as saturating kernels do, do not pass."""
+    assert audit(bundle, backend).golden_db > 60  # this very machine wrote it
+    name = bundle.manifest.golden[0]
+    golden, _ = tensors.load(bundle.file(name))
+    golden["output.onnxruntime"] = golden["output.onnxruntime"] * np.float32(0.9)
+    tensors.save(golden, bundle.staged(name))
+    bundle.commit({})
+    found = audit(Bundle.open(bundle.path), backend)
+    assert found.lost == ()
+    assert found.golden_db < 40
+    assert not found.passed
+    assert found.as_json()["passed"] is False
 
 
 def test_the_graph_loop_of_a_stochastic_sampler(other_bundle: Bundle, backend: Backend) -> None:

@@ -164,6 +164,28 @@ def test_caching_is_fora_in_the_blocks_of_diffusers(
     assert largest(pipeline.sample(LABELS, seed=SEED, cache="none"), wanted) > LIMIT
 
 
+def test_torch_follows_a_plan_too(tiny: LoadedModel, shared_bundle: Bundle) -> None:
+    """What graph loops are compared with at export: cached, and stopped while still noisy."""
+    pipeline = Pipeline(shared_bundle, target="reference")
+    seen: list[NDArray[Any]] = []
+    found = pipeline.sample(LABELS, seed=SEED, callback=lambda step: seen.append(step.sample))
+    for stop_after, wanted in ((None, found), (3, seen[2])):
+        by_torch = trajectory.sample(
+            tiny.adapter,
+            from_config(tiny.scheduler),
+            sampler="ddim",
+            steps=6,
+            guidance=2.0,
+            seed=SEED,
+            indices=range(3),
+            labels=LABELS,
+            plan=pipeline.plan(),
+            stop_after=stop_after,
+        ).numpy()
+        assert largest(by_torch, wanted) < LIMIT
+    assert largest(seen[2], found) > 0.1
+
+
 def test_integer_graphs_sample_as_their_simulation(
     tiny: LoadedModel, shared_bundle: Bundle
 ) -> None:
