@@ -205,10 +205,11 @@ def _compare(
     for name, probe in probes.items():
         expected, unquantized = probe.run(), None
         if qparams and name in ("full", "sampler"):
-            # Later slots see the flipped codes of earlier ones; what counts is what comes out.
-            unquantized = {probe.outputs[0]: expected[probe.outputs[0]]}
+            names = probe.outputs[:2]  # the output and, of the full step, the first slot
+            unquantized = {slot: expected[slot] for slot in names[1:]}
             with quantized(adapter.linears(), qparams):
-                expected = {probe.outputs[0]: probe.run()[probe.outputs[0]]}
+                simulated = probe.run()
+            expected = {output: simulated[output] for output in names}
         path = folder / f"{SHORT if name == 'sampler' else name}.onnx"
         found[name], outputs = parity.measure(path, probe.feeds, expected, unquantized)
         if name == "full":

@@ -68,8 +68,9 @@ def test_parity_is_recorded(shared_bundle: Bundle, target: str, name: str) -> No
     held = {(graph.target, graph.name): graph.parity for graph in shared_bundle.manifest.graphs}
     found = held[target, name]
     if target == "onnxruntime" and name in ("full", "sampler"):
-        assert 0 <= found["share_of_quantization_error"] <= 0.5
         assert found["psnr_db"] >= 40
+        if name == "full":
+            assert 0 <= found["share_of_quantization_error"] <= 0.5
     else:
         assert 0 <= found["max_abs_of_range"] <= 1e-4
         assert found["psnr_db"] >= 80
@@ -281,7 +282,7 @@ def test_parity_fails_on_a_nan_in_any_output(tmp_path: Path) -> None:
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
     onnx.save(model, tmp_path / "two.onnx")
     feed = torch.tensor([-1.0, 1.0])
-    with pytest.raises(ParityError, match="got nan of the range"):
+    with pytest.raises(ParityError, match="got nan, expected at most 0.0001 of the range"):
         parity.measure(
             tmp_path / "two.onnx", {"x": feed}, {"right": feed, "wrong": torch.tensor([0.0, 0.0])}
         )
@@ -302,8 +303,10 @@ def test_a_quantized_graph_is_closer_to_its_simulation_than_to_the_float_model(
 ) -> None:
     """Forgotten Q/DQ nodes or other scales are as far off as quantization itself: refused."""
     simulated = torch.tensor([0.0, 0.5, 1.0])
-    flipped, unquantized = simulated + 0.001, simulated + torch.tensor([0.05, -0.05, 0.0])
+    flipped, unquantized = simulated + 1e-4, simulated + torch.tensor([5e-3, -5e-3, 0.0])
     found, _ = parity.measure(identity, {"x": flipped}, {"y": simulated}, {"y": unquantized})
     assert found["share_of_quantization_error"] < 0.05
-    with pytest.raises(ParityError, match=r"got 1.0e\+00 of the quantization error"):
+    with pytest.raises(
+        ParityError, match=r"got 1.0e\+00, expected at most 0.5 of the quantization error"
+    ):
         parity.measure(identity, {"x": unquantized}, {"y": simulated}, {"y": unquantized})
