@@ -206,3 +206,10 @@ def test_rounding_stays_on_the_grid(values: list[float], scale: float) -> None:
 def test_every_method_can_be_asked_for() -> None:
     """The recipe and the table of observers name the same ones."""
     assert set(get_args(Method)) == set(OBSERVERS)
+
+
+def test_a_histogram_counts_more_values_than_float32_can() -> None:
+    """`torch.histc` stops at 2**24 in a bin and thread; one batch of a large MLP holds more."""
+    values = (1 << 24) + 1000
+    state = OBSERVERS["percentile"].observe({}, torch.zeros(values))
+    assert int(state["counts"].sum()) == values
