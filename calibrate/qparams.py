@@ -20,10 +20,14 @@ from ditcast.recipe import Rule
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LayerScales:
-    """One quantized Linear: `activation` per tensor, `weight` (O,) per output channel."""
+    """One quantized Linear: `activation` per tensor, `weight` (O,) per output channel.
+
+    `bits` are those of its weight; activations have 8.
+    """
 
     activation: float
     weight: Tensor
+    bits: int
 
 
 QParams = dict[str, LayerScales]
@@ -68,6 +72,7 @@ def save(qparams: QParams, path: Path) -> None:
     for name, scales in qparams.items():
         found[f"{name}.activation_scale"] = np.array(scales.activation, np.float32)
         found[f"{name}.weight_scale"] = scales.weight.numpy()
+        found[f"{name}.weight_bits"] = np.array(scales.bits, np.int32)
     tensors.save(found, path)
 
 
@@ -79,6 +84,7 @@ def load(path: Path) -> QParams:
         name: LayerScales(
             activation=float(found[f"{name}.activation_scale"]),
             weight=torch.from_numpy(found[f"{name}.weight_scale"]),
+            bits=int(found[f"{name}.weight_bits"]),
         )
         for name in names
     }
@@ -97,7 +103,7 @@ def quantized(linears: dict[str, nn.Linear], qparams: QParams) -> Iterator[None]
         for name, scales in qparams.items():
             linear = linears[name]
             originals.append((linear, linear.weight.data))
-            codes = weight_codes(linear.weight.data, scales.weight)
+            codes = weight_codes(linear.weight.data, scales.weight, scales.bits)
             linear.weight.data = codes * scales.weight[:, None]
 
             def round_input(

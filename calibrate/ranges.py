@@ -118,29 +118,36 @@ OBSERVERS: dict[str, Observer] = {
 }
 
 
-def weight_scale(weight: Tensor, method: str) -> Tensor:
+def weight_levels(bits: int) -> int:
+    """Largest code of a symmetric weight."""
+    return int(2 ** (bits - 1) - 1)
+
+
+def weight_scale(weight: Tensor, method: str, bits: int) -> Tensor:
     """Symmetric scale per output channel, (O,) float32, of a weight (O, I).
 
     `mse` searches 80 shrunk ranges for the least mean |w - Q(w)|^2.4 (TFMQ-DM code); the other
-    methods take the largest magnitude, which loses nothing at 8 bits.
+    methods take the largest magnitude, which loses next to nothing at 7 bits.
     """
+    levels = weight_levels(bits)
     largest = weight.abs().amax(dim=1).clamp(min=1e-12)
     if method != "mse":
-        return largest / LEVELS
+        return largest / levels
     best = torch.full_like(largest, float("inf"))
-    scale = largest / LEVELS
+    scale = largest / levels
     for i in range(SHRINK_STEPS):
-        candidate = largest * (1 - 0.01 * i) / LEVELS
-        restored = weight_codes(weight, candidate) * candidate[:, None]
+        candidate = largest * (1 - 0.01 * i) / levels
+        restored = weight_codes(weight, candidate, bits) * candidate[:, None]
         error = (weight - restored).abs().pow(WEIGHT_POWER).mean(dim=1)
         scale = torch.where(error < best, candidate, scale)
         best = torch.minimum(error, best)
     return scale
 
 
-def weight_codes(weight: Tensor, scale: Tensor) -> Tensor:
-    """Integer codes in [-127, 127], (O, I) float32, of a weight with scales (O,)."""
-    return torch.clamp(torch.round(weight / scale[:, None]), -LEVELS, LEVELS)
+def weight_codes(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """Integer codes, (O, I) float32, of a weight with scales (O,): in [-127, 127] at 8 bits."""
+    levels = weight_levels(bits)
+    return torch.clamp(torch.round(weight / scale[:, None]), -levels, levels)
 
 
 def fake_quantize(x: Tensor, scale: float) -> Tensor:

@@ -19,7 +19,7 @@ from ditcast.errors import BundleError, ConfigError
 from ditcast.manifest import Layer, Quantization
 from ditcast.models import LoadedModel
 from ditcast.progress import counting, say
-from ditcast.recipe import Recipe
+from ditcast.recipe import WEIGHT_BITS, Recipe
 from ditcast.sampling import coefficients
 from ditcast.schedule import from_config
 
@@ -38,7 +38,8 @@ def calibrate(bundle: Bundle, model: LoadedModel) -> None:
     recipe, manifest = bundle.manifest.recipe, bundle.manifest
     linears = model.adapter.linears()
     precision = qparams.select(list(linears), recipe.layer_rules())
-    chosen = {name: linears[name] for name, kind in precision.items() if kind == "int8"}
+    bits = {name: WEIGHT_BITS[kind] for name, kind in precision.items()}
+    chosen = {name: linears[name] for name, wide in bits.items() if wide}
     if manifest.quantization is not None or not chosen:
         bundle.clear("calibration")  # a run may have been killed just before it did this
         return
@@ -48,7 +49,8 @@ def calibrate(bundle: Bundle, model: LoadedModel) -> None:
     found = {
         name: qparams.LayerScales(
             activation=_scale(observer.bound(states[name], recipe.percentile)),
-            weight=weight_scale(linear.weight.data, recipe.method),
+            weight=weight_scale(linear.weight.data, recipe.method, bits[name]),
+            bits=bits[name],
         )
         for name, linear in chosen.items()
     }
@@ -57,7 +59,13 @@ def calibrate(bundle: Bundle, model: LoadedModel) -> None:
         made_from=manifest.fingerprint(),
         file=SCALES,
         layers=tuple(
-            Layer(name=name, block=name.rpartition(".")[0], precision="int8") for name in chosen
+            Layer(
+                name=name,
+                block=name.rpartition(".")[0],
+                precision=precision[name],
+                shape=(linear.out_features, linear.in_features),
+            )
+            for name, linear in chosen.items()
         ),
         labels=tuple(labels),
     )

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ditcast.cache import StepPlan
+from ditcast.cache import StepPlan, make_plan
 from ditcast.models import Adapter
 from ditcast.sampling import (
     Coefficients,
@@ -51,11 +50,20 @@ def sample(
     timesteps = torch.from_numpy(schedule.timesteps(steps)).float()
     features = adapter.temporal(timesteps, unique)  # (T, U, F)
     table = coefficients(schedule, sampler, steps).tolist()
-    network = _Network(adapter, plan)
+    plan = plan or make_plan("none", steps=steps, interval=1, slots=len(adapter.slots))
+    ahead = [torch.from_numpy(part) for part in plan.ahead()]
+    pending: dict[int, Tensor] = {}  # of each reuse step to come, what its stream takes
     x = noise[0]
     for step, row in enumerate(table[:stop_after]):
         repeated = x.repeat(len(rows) // n, 1, 1, 1)
-        output = network.run(step, repeated, features[step][inverse])
+        now = features[step][inverse]
+        if plan.full[step]:
+            later, weights = (part[step] for part in ahead)
+            output, forecast = adapter.denoiser(repeated, now, features[later][:, inverse], weights)
+            for t, part in zip(later.tolist(), forecast, strict=True):
+                pending[t] = pending[t] + part if t in pending else part
+        else:
+            output = adapter.reuse(repeated, now, pending.pop(step))
         output = guide(output, n, channels, guidance)
         x = update(
             x, output, noise[1 + step] if noises else None, Coefficients(*row), schedule.clip
@@ -63,22 +71,3 @@ def sample(
         if callback is not None:
             callback(step)
     return x
-
-
-class _Network:
-    """Full and reuse steps of a plan, with the caches of its last full steps."""
-
-    def __init__(self, adapter: Adapter, plan: StepPlan | None) -> None:
-        self.adapter, self.plan = adapter, plan
-        self.caches: deque[tuple[Tensor, ...]] = deque(maxlen=plan.history if plan else 0)
-
-    def run(self, step: int, sample: Tensor, features: Tensor) -> Tensor:
-        if self.plan is None or self.plan.full[step]:
-            output, *caches = self.adapter.denoiser(sample, features)
-            self.caches.appendleft(tuple(caches))
-        else:
-            weights = torch.from_numpy(self.plan.weights[step])
-            past = [tensor for caches in self.caches for tensor in caches]
-            output = self.adapter.reuse(self.plan.history)(sample, features, weights, *past)
-        found: Tensor = output
-        return found

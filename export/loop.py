@@ -1,8 +1,8 @@
 """The graph loop: one ONNX model that turns noise and labels into samples.
 
 An outer `Loop` runs over segments. Each is one full step, then an inner `Loop` of reuse steps
-that captures the caches from the outer body: a flat `Loop` with the caches as loop-carried
-state would copy every one of them at every step.
+that captures the forecasts from the outer body: a flat `Loop` with them as loop-carried state
+would copy all of them at every step.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from ditcast.cache import StepPlan
-from ditcast.export.trace import OPSET
+from ditcast.export.trace import IR_VERSION, OPSET
 from ditcast.sampling import Coefficients
 
 END = np.iinfo(np.int64).max
@@ -129,12 +129,17 @@ class _Builder:
         for name, column in zip(Coefficients._fields, self.spec.table.T, strict=True):
             self.constant(name, column, np.float32)
 
+    def features_of(self, scope: _Scope, steps: str, axis: int) -> str:
+        """Features of one step (N, F), or along `axis` 1 of several (R, N, F)."""
+        all_rows = scope.op("Gather", self.features, steps, axis=0)
+        found: str = scope.op("Gather", all_rows, self.row_index, axis=axis)
+        return found
+
     def network(
         self, scope: _Scope, kind: str, x: str, t: str, more: dict[str, str]
     ) -> dict[str, str]:
         """Run the full or the reuse graph on the current sample and step."""
-        all_rows = scope.op("Gather", self.features, t, axis=0)
-        features = scope.op("Gather", all_rows, self.row_index, axis=0)
+        features = self.features_of(scope, t, axis=0)
         sample = scope.op("Tile", x, self.repeats)
         model = {"full": self.spec.full, "reuse": self.spec.reuse}[kind]
         return self.inline(scope, model, kind, {"sample": sample, "features": features, **more})
@@ -191,13 +196,22 @@ def sampler_graph(spec: LoopSpec) -> ModelProto:
     Stochastic samplers also take step_noise [T,n,C,H,W].
     """
     if spec.plan.history != 1:
-        raise NotImplementedError("the graph loop holds the caches of one full step")
+        raise NotImplementedError("the graph loop holds the forecasts of one full step")
     build, top, outer = _Builder(spec), _Scope("loop"), _Scope("segments")
     build.rows(top)
     starts, lengths = spec.plan.segments()
     index = "segments/iteration"
     start = outer.op("Gather", build.constant("segment_starts", starts), index, axis=0)
-    results = build.network(outer, "full", "segments/x", start, {})
+    later, weights = spec.plan.ahead()
+    later, weights = later[starts], weights[starts]
+    wanted = outer.op("Gather", build.constant("ahead_steps", later), index, axis=0)
+    ahead = {
+        "ahead": build.features_of(outer, wanted, axis=1),
+        "weights": outer.op(
+            "Gather", build.constant("ahead_weights", weights, np.float32), index, axis=0
+        ),
+    }
+    results = build.network(outer, "full", "segments/x", start, ahead)
     if spec.plan.full.all():
         build.step(outer, "segments/x", start, results["output"], "segments/after")
     else:
@@ -206,11 +220,8 @@ def sampler_graph(spec: LoopSpec) -> ModelProto:
         one = build.constant("scalar_one", 1)
         offset = inner.op("Add", "reuse_steps/iteration", one)
         t = inner.op("Add", start, offset)
-        weights = inner.op(
-            "Gather", build.constant("plan_weights", spec.plan.weights, np.float32), t, axis=0
-        )
-        caches = {name: results[name] for name in results if name != "output"}
-        reused = build.network(inner, "reuse", "reuse_steps/x", t, {"weights": weights, **caches})
+        forecast = inner.op("Gather", results["forecast"], "reuse_steps/iteration", axis=0)
+        reused = build.network(inner, "reuse", "reuse_steps/x", t, {"forecast": forecast})
         build.step(inner, "reuse_steps/x", t, reused["output"], "reuse_steps/after")
         length = outer.op("Gather", build.constant("segment_lengths", lengths), index, axis=0)
         trips = outer.op("Sub", length, one)
@@ -249,4 +260,4 @@ def _model(build: _Builder, top: _Scope) -> ModelProto:
         [*build.initializers.values(), *top.initializers],
     )
     opset = helper.make_opsetid("", OPSET)
-    return helper.make_model(graph, opset_imports=[opset], ir_version=10)
+    return helper.make_model(graph, opset_imports=[opset], ir_version=IR_VERSION)

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from ditcast.errors import ParityError
-from ditcast.runtime.backends import make_backend
+from ditcast.runtime.backends import GraphFile, make_backend
 
 FLOAT_LIMIT = 1e-4  # largest difference of a float graph, as a share of the output's range
 # Given the same input, a quantized layer flips a few codes of its simulation at most: it has to
@@ -35,7 +35,7 @@ def measure(
     Raises:
         ParityError: the difference is over the limit.
     """
-    session = make_backend("onnxruntime").session(path)
+    session = make_backend("onnxruntime").session(GraphFile(path=path))
     found = session.run({k: v.numpy() for k, v in feeds.items()}, list(expected))
     wanted = {name: tensor.numpy() for name, tensor in expected.items()}
     # `np.max` keeps a NaN wherever it comes; `max` would lose it behind a number.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -12,22 +11,11 @@ from torch import Tensor
 from ditcast.calibrate.qparams import LayerScales, QParams
 from ditcast.calibrate.ranges import weight_codes
 from ditcast.errors import UnsupportedError
-
-
-class Encoding(NamedTuple):
-    """How a target wants the integers of one symmetric scale: type and zero point."""
-
-    dtype: type[np.generic]
-    zero_point: int
-
-
-# u8 with zero point 128 and s8 with 0 are the same integers, shifted. ONNX Runtime's CPU
-# kernels are faster with the first (1.3 to 3 times) and fail to load some graphs of the second.
-ENCODINGS: dict[str, Encoding] = {"onnxruntime": Encoding(np.uint8, 128)}
+from ditcast.export.targets import Target
 
 
 def insert_qdq(
-    graph: gs.Graph, qparams: QParams, target: str, weights: Mapping[str, Tensor]
+    graph: gs.Graph, qparams: QParams, target: Target, weights: Mapping[str, Tensor]
 ) -> None:
     """Quantize every layer of `qparams` in place: input per tensor, weight per output channel.
 
@@ -47,7 +35,7 @@ def insert_qdq(
                 f"add the rule {{pattern: {layer}, precision: float}} first"
             )
         matmul.inputs = [
-            _activation(graph, matmul.inputs[0], layer, scales, ENCODINGS[target]),
+            _activation(graph, matmul.inputs[0], layer, scales, target),
             _weight(graph, layer, scales, weights[layer]),
         ]
         _widen_bias(named.get(f"{layer}/Add"))
@@ -55,12 +43,12 @@ def insert_qdq(
 
 
 def _activation(
-    graph: gs.Graph, x: gs.Variable, layer: str, scales: LayerScales, encoding: Encoding
+    graph: gs.Graph, x: gs.Variable, layer: str, scales: LayerScales, target: Target
 ) -> gs.Variable:
     """QuantizeLinear, DequantizeLinear of the layer's input."""
     scale = gs.Constant(f"{layer}/scale", np.array(scales.activation, np.float32))
-    zero = gs.Constant(f"{layer}/zero_point", np.array(encoding.zero_point, encoding.dtype))
-    codes = gs.Variable(f"{layer}/codes", dtype=encoding.dtype)
+    zero = gs.Constant(f"{layer}/zero_point", np.array(target.zero_point, target.dtype))
+    codes = gs.Variable(f"{layer}/codes", dtype=target.dtype)
     restored = gs.Variable(f"{layer}/input", dtype=np.float32)
     for op, source, result in (("Quantize", x, codes), ("Dequantize", codes, restored)):
         graph.nodes.append(
@@ -76,7 +64,7 @@ def _activation(
 
 def _weight(graph: gs.Graph, layer: str, scales: LayerScales, weight: Tensor) -> gs.Variable:
     """DequantizeLinear of the layer's integer weight, stored as (I, O)."""
-    codes = weight_codes(weight, scales.weight).numpy().astype(np.int8)
+    codes = weight_codes(weight, scales.weight, scales.bits).numpy().astype(np.int8)
     restored = gs.Variable(f"{layer}/weight", dtype=np.float32)
     graph.nodes.append(
         gs.Node(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,21 +21,23 @@ from ditcast.cache import StepPlan, make_plan
 from ditcast.calibrate.qparams import QParams, quantized
 from ditcast.calibrate.qparams import load as load_qparams
 from ditcast.calibrate.trajectory import sample
-from ditcast.errors import BundleError
+from ditcast.errors import BundleError, ConfigError
 from ditcast.export import parity
 from ditcast.export.loop import LoopSpec, sampler_graph
 from ditcast.export.quantize import insert_qdq
 from ditcast.export.store import WeightStore
+from ditcast.export.targets import TARGETS
 from ditcast.export.trace import trace
-from ditcast.manifest import Graph, hash_file
+from ditcast.manifest import REFERENCE, WEIGHTS, Graph
 from ditcast.models import Adapter, LoadedModel
 from ditcast.progress import say
 from ditcast.sampling import coefficients, draw_noise, needs_noise
 from ditcast.schedule import NoiseSchedule, from_config
 
-TARGETS = ("reference", "onnxruntime")
+DEFAULT_TARGETS = ("onnxruntime",)
+GOLDEN = "golden/step.safetensors"
 STEP_GRAPHS = ("temporal", "full", "reuse")
-SHORT, SHORT_STEPS = "short", 2  # a graph loop that is only there while parity is measured
+SHORT = "short"  # a graph loop that is only there while parity is measured
 
 
 class Probe(NamedTuple):
@@ -50,27 +54,73 @@ class Probe(NamedTuple):
         found = self.module(*self.feeds.values())
         return dict(zip(self.outputs, found if isinstance(found, tuple) else (found,), strict=True))
 
+    def first_slot(self) -> Probe:
+        """The full step with a forecast of the first slot only."""
+        cut = {name: self.feeds[name][:1] for name in ("ahead", "weights")}
+        return self._replace(feeds=self.feeds | cut)
 
-def to_onnx(bundle: Bundle, model: LoadedModel) -> None:
-    """Export all graphs of all targets and commit them; does nothing where they are up to date.
+
+def to_onnx(bundle: Bundle, model: LoadedModel, targets: Sequence[str] = DEFAULT_TARGETS) -> None:
+    """Export the graphs of `targets` and of full precision; only what is missing or stale.
 
     Raises:
+        ConfigError: no such target.
         BundleError: the bundle's recipe quantizes but it was not calibrated, or the disk is too
             small.
         ParityError: a graph does not compute what the model computes.
     """
-    made_from = bundle.graphs_made_from()
-    graphs = bundle.manifest.graphs
-    if graphs and all(graph.made_from == made_from for graph in graphs):
+    due, held = _due(bundle, targets)
+    if not due:
         return
     bundle.clear()  # what an interrupted export staged takes up the disk that is checked here
-    _check_disk(bundle, model)
+    _check_disk(bundle, model, len(due))
     qparams = _qparams(bundle, model)
-    schedule = from_config(bundle.manifest.schedule)
-    probes = make_probes(model, schedule, bundle.manifest.recipe.seed)
+    probes = make_probes(model, from_config(bundle.manifest.schedule), bundle.manifest.recipe.seed)
     say("exporting: tracing the model")
+    traced = _trace(model, probes)
+    found = [graph for graph in bundle.manifest.graphs if graph.target in held]
+    golden: dict[str, Any] = {f"input.{k}": v.numpy() for k, v in probes["full"].feeds.items()}
+    if held:
+        golden, _ = tensors.load(bundle.file(GOLDEN))
+    for target in due:
+        say(f"exporting: writing target {target} and comparing it with torch")
+        scales = qparams if TARGETS[target].dtype else {}
+        folder = bundle.staged(f"graphs/{target}/{WEIGHTS}").parent
+        _write_target(bundle, model, target, folder, traced=traced, qparams=scales)
+        differences, golden[f"output.{target}"] = _compare(
+            bundle, model.adapter, folder, probes, scales
+        )
+        found += [
+            Graph(
+                target=target,
+                name=name,
+                path=f"graphs/{target}/{name}.onnx",
+                made_from=bundle.graphs_made_from(),
+                parity=parity,
+            )
+            for name, parity in differences.items()
+        ]
+    tensors.save(golden, bundle.staged(GOLDEN))
+    replaces = "" if held else "graphs/"
+    bundle.commit({"graphs": tuple(found), "golden": (GOLDEN,)}, replaces)
+
+
+def _due(bundle: Bundle, targets: Sequence[str]) -> tuple[list[str], set[str]]:
+    """The targets to export, and those that the bundle holds and keeps."""
+    for target in targets:
+        if target not in TARGETS:
+            raise ConfigError(f"target: unknown {target!r}; expected one of {', '.join(TARGETS)}")
+    graphs, made_from = bundle.manifest.graphs, bundle.graphs_made_from()
+    held = {graph.target for graph in graphs}
+    wanted = held | {REFERENCE, *targets}
+    if any(graph.made_from != made_from for graph in graphs):
+        held = set()
+    return [target for target in TARGETS if target in wanted - held], held
+
+
+def _trace(model: LoadedModel, probes: dict[str, Probe]) -> dict[str, gs.Graph]:
     linears = model.adapter.linears()
-    traced = {
+    return {
         name: trace(
             probe.module,
             list(probe.feeds.values()),
@@ -81,28 +131,6 @@ def to_onnx(bundle: Bundle, model: LoadedModel) -> None:
         )
         for name, probe in probes.items()
     }
-    found: list[Graph] = []
-    golden: dict[str, Any] = {f"input.{k}": v.numpy() for k, v in probes["full"].feeds.items()}
-    for target in TARGETS:
-        say(f"exporting: writing target {target} and comparing it with torch")
-        scales = {} if target == "reference" else qparams
-        folder = bundle.staged(f"graphs/{target}/sampler.onnx").parent
-        _write_target(bundle, model, target, folder, traced=traced, qparams=scales)
-        differences, outputs = _compare(bundle, model.adapter, folder, probes, scales)
-        golden[f"output.{target}"] = outputs
-        for name in (*STEP_GRAPHS, "sampler"):
-            path = f"graphs/{target}/{name}.onnx"
-            found.append(
-                Graph(
-                    target=target,
-                    name=name,
-                    path=path,
-                    made_from=made_from,
-                    parity=differences[name],
-                )
-            )
-    tensors.save(golden, bundle.staged("golden/step.safetensors"))
-    bundle.commit({"graphs": tuple(found), "golden": ("golden/step.safetensors",)}, "graphs/")
 
 
 def make_probes(model: LoadedModel, schedule: NoiseSchedule, seed: int) -> dict[str, Probe]:
@@ -114,11 +142,15 @@ def make_probes(model: LoadedModel, schedule: NoiseSchedule, seed: int) -> dict[
     noise = [draw_noise(seed, i, adapter.sample_shape, 0)[0] for i in range(2)]
     sample = torch.from_numpy(np.stack(noise)).repeat(2, 1, 1, 1)
     with torch.no_grad():
-        features = adapter.temporal(timesteps, labels)[0][torch.tensor([0, 1, 2, 2])]
-        caches = adapter.denoiser(sample, features)[1:]
-    names = [f"cache.{slot}" for slot in adapter.slots]
-    rows, step = Dim("N"), {"sample": sample, "features": features}
-    weights = {"weights": torch.ones(1, len(names))}
+        features = adapter.temporal(timesteps, labels)[:, torch.tensor([0, 1, 2, 2])]
+        ahead = features[1:].repeat(2, 1, 1)
+        # The first row has the first slot alone: what lies behind the first layers only.
+        weights = torch.ones(2, len(adapter.slots))
+        weights[0, 1:] = 0
+        forecast = adapter.denoiser(sample, features[0], ahead, weights)[1][1]
+    rows, step = Dim("N"), {"sample": sample, "features": features[0]}
+    later = {"ahead": ahead, "weights": weights}
+    steps = Dim("R")
     return {
         "temporal": Probe(
             adapter.temporal,
@@ -126,12 +158,17 @@ def make_probes(model: LoadedModel, schedule: NoiseSchedule, seed: int) -> dict[
             ["features"],
             [{0: Dim("T")}, {0: Dim("U")}],
         ),
-        "full": Probe(adapter.denoiser, step, ["output", *names], [{0: rows}, {0: rows}]),
+        "full": Probe(
+            adapter.denoiser,
+            step | later,
+            ["output", "forecast"],
+            [{0: rows}, {0: rows}, {0: steps, 1: rows}, {0: steps}],
+        ),
         "reuse": Probe(
-            adapter.reuse(1),
-            step | weights | dict(zip(names, caches, strict=True)),
+            adapter.reuse,
+            step | {"forecast": forecast},
             ["output"],
-            [{0: rows}, {0: rows}, {}, {0: rows}],
+            [{0: rows}, {0: rows}, {0: rows}],
         ),
     }
 
@@ -151,13 +188,14 @@ def _write_target(
         for name in STEP_GRAPHS:
             graph = traced[name].copy()
             if name == "full" and qparams:
-                insert_qdq(graph, qparams, target, weights)
+                insert_qdq(graph, qparams, TARGETS[target], weights)
             store.save(graph, folder / f"{name}.onnx")
         parts = {
             name: onnx.load(folder / f"{name}.onnx", load_external_data=False)
             for name in STEP_GRAPHS
         }
-        for name, steps in (("sampler", bundle.manifest.recipe.steps), (SHORT, SHORT_STEPS)):
+        loops = (("sampler", bundle.manifest.recipe.steps), (SHORT, _short_steps(bundle)))
+        for name, steps in loops if TARGETS[target].loop else ():
             spec = _loop_spec(bundle, model.adapter, parts, steps)
             store.save_proto(sampler_graph(spec), folder / f"{name}.onnx")
 
@@ -187,6 +225,13 @@ def _plan(bundle: Bundle) -> StepPlan:
     return make_plan(recipe.cache, steps=recipe.steps, interval=recipe.interval, slots=slots)
 
 
+def _short_steps(bundle: Bundle) -> int:
+    """Up to the first reuse step, if there is one; at least two, where there are as many."""
+    plan = _plan(bundle)
+    first = 1 if plan.full.all() else int(np.argmin(plan.full))
+    return min(max(first, 1) + 1, len(plan.full))
+
+
 def _compare(
     bundle: Bundle,
     adapter: Adapter,
@@ -200,28 +245,32 @@ def _compare(
     trajectory of a large model would take many minutes.
     """
     found: dict[str, dict[str, float]] = {}
-    output: Any = None
-    probes = probes | {"sampler": _loop_probe(bundle, adapter)}
+    golden: Any = None
+    short = folder / f"{SHORT}.onnx"
+    if short.exists():
+        probes = probes | {"sampler": _loop_probe(bundle, adapter)}
     for name, probe in probes.items():
-        expected, unquantized = probe.run(), None
-        if qparams and name in ("full", "sampler"):
-            names = probe.outputs[:2]  # the output and, of the full step, the first slot
-            unquantized = {slot: expected[slot] for slot in names[1:]}
-            with quantized(adapter.linears(), qparams):
-                simulated = probe.run()
-            expected = {output: simulated[output] for output in names}
-        path = folder / f"{SHORT if name == 'sampler' else name}.onnx"
+        unquantized: dict[str, Tensor] | None = None
+        with contextlib.ExitStack() as stack:
+            if qparams and name in ("full", "sampler"):
+                unquantized = {}
+                if name == "full":
+                    probe = probe.first_slot()
+                    unquantized["forecast"] = probe.run()["forecast"]
+                stack.enter_context(quantized(adapter.linears(), qparams))
+            expected = probe.run()
+        path = short if name == "sampler" else folder / f"{name}.onnx"
         found[name], outputs = parity.measure(path, probe.feeds, expected, unquantized)
         if name == "full":
-            output = outputs["output"]
-    (folder / f"{SHORT}.onnx").unlink()
-    return found, output
+            golden = outputs["output"]
+    short.unlink(missing_ok=True)
+    return found, golden
 
 
 def _loop_probe(bundle: Bundle, adapter: Adapter) -> Probe:
     """The first steps of one image with guidance, as torch samples them."""
     recipe, schedule = bundle.manifest.recipe, from_config(bundle.manifest.schedule)
-    label, steps = adapter.num_classes - 1, min(SHORT_STEPS, recipe.steps)
+    label, steps = adapter.num_classes - 1, _short_steps(bundle)
 
     def first_steps(*feeds: Tensor) -> Tensor:
         del feeds  # the same noise, drawn again
@@ -259,12 +308,8 @@ def _qparams(bundle: Bundle, model: LoadedModel) -> QParams:
                 f"export: the scales in {bundle.path} are of another recipe; "
                 f"compile the bundle again"
             )
-        path = bundle.file(quantization.file)
-        if hash_file(path) != bundle.manifest.files[quantization.file]:
-            raise BundleError(
-                f"export: {path} is damaged (its SHA-256 differs); compile the bundle again"
-            )
-        return load_qparams(path)
+        bundle.check(quantization.file)
+        return load_qparams(bundle.file(quantization.file))
     if any(rule.precision != "float" for rule in bundle.manifest.recipe.layer_rules()):
         raise BundleError(
             f"export: {bundle.path} is not calibrated; "
@@ -273,9 +318,9 @@ def _qparams(bundle: Bundle, model: LoadedModel) -> QParams:
     return {}
 
 
-def _check_disk(bundle: Bundle, model: LoadedModel) -> None:
-    """Both targets need at most the parameters in float twice."""
-    needed = 2 * 4 * bundle.manifest.model.parameters
+def _check_disk(bundle: Bundle, model: LoadedModel, targets: int) -> None:
+    """A target needs at most the parameters in float."""
+    needed = targets * 4 * bundle.manifest.model.parameters
     free = shutil.disk_usage(bundle.path).free
     if free < needed:
         raise BundleError(

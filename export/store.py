@@ -12,9 +12,9 @@ import onnx
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
-from ditcast.export.trace import INLINE_BYTES, replace
+from ditcast.export.trace import INLINE_BYTES, IR_VERSION, replace
+from ditcast.manifest import WEIGHTS
 
-FILE = "weights.data"
 ALIGNMENT = 4096  # a page, so that a runtime can map the file
 
 
@@ -25,7 +25,7 @@ class WeightStore:
         """Start an empty file in `folder`."""
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
-        self._file = (folder / FILE).open("wb")
+        self._file = (folder / WEIGHTS).open("wb")
         self._known: dict[bytes, tuple[int, int]] = {}
 
     def __enter__(self) -> WeightStore:
@@ -70,7 +70,7 @@ class WeightStore:
     def save_proto(self, proto: onnx.ModelProto, path: Path) -> None:
         """Write a model whose large initializers are references already, and check it."""
         self._file.flush()
-        proto.producer_name = "ditcast"
+        proto.producer_name, proto.ir_version = "ditcast", IR_VERSION
         path.write_bytes(proto.SerializeToString(deterministic=True))
         onnx.checker.check_model(str(path))
 
@@ -81,6 +81,6 @@ def reference(
     """An initializer whose bytes lie in the weights file."""
     tensor = onnx.TensorProto(name=name, data_type=data_type, dims=shape)
     tensor.data_location = onnx.TensorProto.EXTERNAL
-    for key, value in (("location", FILE), ("offset", str(offset)), ("length", str(length))):
+    for key, value in (("location", WEIGHTS), ("offset", str(offset)), ("length", str(length))):
         tensor.external_data.add(key=key, value=value)
     return tensor

@@ -10,30 +10,17 @@ from typing import Any
 import onnx_graphsurgeon as gs
 import onnx_ir
 import torch
-from onnxscript import opset21 as op
+from onnxscript import opset23 as op
 from torch import Tensor, nn
 
-OPSET = 21
+OPSET = 23
+IR_VERSION = 11  # the oldest that may hold this opset
 INLINE_BYTES = 1024  # smaller tensors stay in the graph, where shape inference reads them
 
 
-def _attention(
-    query: Any,
-    key: Any,
-    value: Any,
-    attn_mask: Any = None,
-    dropout_p: float = 0.0,
-    *,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Any:
-    """Plain attention as two MatMuls, in the form whose scale and transpose runtimes fold."""
-    if attn_mask is not None or is_causal or dropout_p or enable_gqa:
-        raise NotImplementedError("only plain self-attention is exported")
-    factor = float(scale or query.shape[-1] ** -0.5)
-    scores = op.MatMul(query, op.Transpose(key, perm=[0, 1, 3, 2]))
-    return op.MatMul(op.Softmax(op.Mul(scores, op.Constant(value_float=factor)), axis=-1), value)
+def _attention(query: Any, key: Any, value: Any, heads: int) -> Any:
+    """One fused operator: it needs no transposes, and no scores in memory."""
+    return op.Attention(query, key, value, q_num_heads=heads, kv_num_heads=heads)[0]
 
 
 def _patch_embedding(
@@ -71,7 +58,7 @@ def _patch_embedding(
 
 
 _TRANSLATIONS: dict[Any, Any] = {
-    torch.ops.aten.scaled_dot_product_attention.default: _attention,
+    torch.ops.ditcast.attention.default: _attention,
     torch.ops.aten.conv2d.default: _patch_embedding,
 }
 
@@ -85,7 +72,7 @@ def trace(
     dynamic: Sequence[dict[int, Any]],
     layers: Iterable[str] = (),
 ) -> gs.Graph:
-    """Export `module` at opset 21; `dynamic` maps axes of each input to `torch.export.Dim`.
+    """Export `module` at opset 23; `dynamic` maps axes of each input to `torch.export.Dim`.
 
     The MatMul of each layer in `layers` is named `LAYER/MatMul`, its bias Add `LAYER/Add`.
     """
@@ -102,7 +89,7 @@ def trace(
             opset_version=OPSET,
             input_names=list(inputs),
             output_names=list(outputs),
-            dynamic_shapes=_shapes(dynamic, len(arguments)),
+            dynamic_shapes=tuple(dynamic),
             custom_translation_table=_TRANSLATIONS,
         )
     assert program is not None
@@ -111,15 +98,6 @@ def trace(
     graph = _to_graphsurgeon(model)
     _fold_transposes(graph)
     return graph.cleanup(remove_unused_graph_inputs=False).toposort()
-
-
-def _shapes(dynamic: Sequence[dict[int, Any]], arguments: int) -> tuple[Any, ...]:
-    """One entry per parameter of `forward`: a `*caches` parameter takes a tuple of entries."""
-    named = len(dynamic)
-    if named == arguments:
-        return tuple(dynamic)
-    rest = tuple(dynamic[-1] for _ in range(arguments - named + 1))
-    return (*dynamic[:-1], rest)
 
 
 def _name_layers(model: onnx_ir.Model, layers: set[str]) -> None:

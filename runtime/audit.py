@@ -1,17 +1,25 @@
-"""Which kernel every quantized layer really runs in, by the runtime's own profiler."""
+"""Which kernel every layer really runs in, how long it takes, and how far it is from the roof."""
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from ditcast import tensors
 from ditcast.bundle import Bundle
-from ditcast.runtime.backends import Backend
+from ditcast.runtime.backends import Backend, GraphFile, NodeTime, graph_file
+from ditcast.sampling import needs_noise
 
 GOLDEN_LIMIT_DB = 40.0  # other kernels flip a few codes; saturating ones do far worse
 CAP_DB = 150.0
+RUNS = 5
+NOTHING = NodeTime("", "missing", 0.0)
+RATE = GraphFile(path=Path(__file__).parent / "backends" / "rate.onnx")
+RATE_SHAPE = (512, 1024, 4096)  # of its MatMuls, as `tools/make_probe.py` made them
 
 
 class LayerAudit(NamedTuple):
@@ -22,6 +30,8 @@ class LayerAudit(NamedTuple):
     kernel: str
     integer: bool
     latency_ms: float
+    share: float  # of all kernels of the step
+    giga_ops: float  # per second, counting a multiplication and an addition as two
 
 
 class Audit(NamedTuple):
@@ -29,7 +39,10 @@ class Audit(NamedTuple):
 
     graph: str
     layers: tuple[LayerAudit, ...]
+    other: dict[str, float]  # kernels of everything else: ms
     golden_db: float  # how closely this machine repeats the step that export kept
+    rates: dict[int, float]  # weight bits (0 is float): Gop/s of a large MatMul on this machine
+    weight_bits: int
     facts: dict[str, Any]
 
     @property
@@ -48,7 +61,10 @@ class Audit(NamedTuple):
             "graph": self.graph,
             "passed": self.passed,
             "golden_db": round(self.golden_db, 2),
+            "weight_bits": self.weight_bits,
+            "giga_ops": {str(bits): round(rate, 1) for bits, rate in self.rates.items()},
             "layers": [layer._asdict() for layer in self.layers],
+            "other_ms": {kernel: round(ms, 4) for kernel, ms in self.other.items()},
             **self.facts,
         }
 
@@ -59,26 +75,85 @@ def audit(bundle: Bundle, backend: Backend, loop: str = "host") -> Audit:
     The manifest says which layers are quantized, so a layer that vanished is a failure too.
     """
     graph = "full" if loop == "host" else "sampler"
-    path = bundle.graph(backend.target, graph)
-    ran = {node: (kernel, ms) for node, kernel, ms in backend.profile(path, _feeds(bundle, graph))}
-    quantization = bundle.manifest.quantization
-    prefix = "" if graph == "full" else "full/"
-    found = []
-    for layer in quantization.layers if quantization is not None else ():
-        kernel, ms = ran.get(f"{prefix}{layer.name}/MatMul", ("missing", 0.0))
-        integer = kernel in backend.integer_kernels
-        found.append(LayerAudit(layer.name, layer.block, kernel, integer, ms))
-    return Audit(graph, tuple(found), _golden_db(bundle, backend), backend.facts())
+    file = graph_file(bundle, backend.target, graph)
+    nodes = backend.profile(file, _feeds(bundle, graph), RUNS)
+    layers, other = _layers(bundle, backend, nodes, "" if graph == "full" else "full/")
+    return Audit(
+        graph,
+        layers,
+        other,
+        golden_step(bundle, backend)(),
+        rates(backend),
+        file.weight_bits,
+        backend.facts(),
+    )
 
 
-def _golden_db(bundle: Bundle, backend: Backend) -> float:
-    """PSNR, over the range, of one full step against the output that export wrote down."""
+def _layers(
+    bundle: Bundle, backend: Backend, nodes: list[NodeTime], prefix: str
+) -> tuple[tuple[LayerAudit, ...], dict[str, float]]:
+    """The quantized layers, and the time of all other kernels, longest first."""
+    quantization, model = bundle.manifest.quantization, bundle.manifest.model
+    ran: dict[str, NodeTime] = {}
+    other: dict[str, float] = defaultdict(float)
+    expected = {layer.name: layer for layer in quantization.layers} if quantization else {}
+    for node in nodes:
+        # Runtimes name what they fuse after the first node: LAYER/MatMul/...
+        name, found, _ = node.node.removeprefix(prefix).partition("/MatMul")
+        if found and name in expected and node.ms > ran.get(name, NOTHING).ms:
+            other[ran.get(name, NOTHING).kernel] += ran.get(name, NOTHING).ms
+            ran[name] = node
+        else:
+            other[node.kernel] += node.ms
+    other.pop(NOTHING.kernel, None)
+    total = sum(node.ms for node in nodes)
+    audits = []
+    for name, layer in expected.items():
+        node = ran.get(name, NOTHING)
+        ops = 2.0 * 2 * model.slot_shape[0] * layer.shape[0] * layer.shape[1]  # of two rows
+        audits.append(
+            LayerAudit(
+                name,
+                layer.block,
+                node.kernel,
+                backend.is_integer(node.kernel),
+                node.ms,
+                node.ms / total,
+                ops / node.ms / 1e6 if node.ms else 0.0,
+            )
+        )
+    return tuple(audits), dict(sorted(other.items(), key=lambda item: -item[1]))
+
+
+def rates(backend: Backend) -> dict[int, float]:
+    """Gop/s of a large MatMul on this machine, by the bits of its weights; 0 is float."""
+    rng = np.random.default_rng(0)
+    feeds = {"x": rng.standard_normal((1, *RATE_SHAPE[:2]), np.float32)}
+    found = {}
+    for node in backend.profile(RATE, feeds, RUNS):
+        bits, is_product, _ = node.node.partition("/MatMul")
+        if is_product and bits.isdigit():
+            found[int(bits)] = 2.0 * float(np.prod(RATE_SHAPE)) / node.ms / 1e6
+    return dict(sorted(found.items()))
+
+
+def golden_step(bundle: Bundle, backend: Backend) -> Callable[[], float]:
+    """A function that runs the full step that export wrote down, and compares.
+
+    It returns the PSNR over the range of the output that export got.
+    """
     golden, _ = tensors.load(bundle.file(bundle.manifest.golden[0]))
-    feeds = {name: golden[f"input.{name}"] for name in ("sample", "features")}
-    session = backend.session(bundle.graph(backend.target, "full"))
-    found, wanted = session.run(feeds, ["output"])["output"], golden[f"output.{backend.target}"]
-    error = np.square(found.astype(np.float64) - wanted).mean() / np.ptp(wanted) ** 2
-    return float(-10 * np.log10(max(error, 10 ** (-CAP_DB / 10))))
+    session = backend.session(graph_file(bundle, backend.target, "full"))
+    prefix = "input."
+    feeds = {key.removeprefix(prefix): golden[key] for key in golden if key.startswith(prefix)}
+    wanted = golden[f"output.{backend.target}"]
+
+    def run() -> float:
+        found = session.run(feeds, ["output"])["output"]
+        error = np.square(found.astype(np.float64) - wanted).mean() / np.ptp(wanted) ** 2
+        return float(-10 * np.log10(max(error, 10 ** (-CAP_DB / 10))))
+
+    return run
 
 
 def _feeds(bundle: Bundle, graph: str) -> dict[str, Any]:
@@ -89,13 +164,15 @@ def _feeds(bundle: Bundle, graph: str) -> dict[str, Any]:
         return {
             "sample": rng.standard_normal((2, *model.sample_shape), np.float32),
             "features": rng.standard_normal((2, model.features), np.float32),
+            "ahead": np.empty((0, 2, model.features), np.float32),
+            "weights": np.empty((0, len(model.slots)), np.float32),
         }
     feeds: dict[str, Any] = {
         "noise": rng.standard_normal((1, *model.sample_shape), np.float32),
         "class_labels": np.zeros(1, np.int64),
         "guidance_scale": np.array(recipe.guidance, np.float32),
     }
-    if recipe.sampler == "ddpm":
+    if needs_noise(recipe.sampler):
         shape = (recipe.steps, 1, *model.sample_shape)
         feeds["step_noise"] = rng.standard_normal(shape, np.float32)
     return feeds

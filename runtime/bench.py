@@ -18,9 +18,10 @@ from numpy.typing import NDArray
 from ditcast.bundle import Bundle
 from ditcast.progress import counting, say
 from ditcast.runtime import images, machine
-from ditcast.runtime.backends import make_backend
+from ditcast.runtime.choice import open_backend
 from ditcast.runtime.pipeline import Pipeline, Step
 from ditcast.schedule import SPACINGS
+from ditcast.settings import Settings
 
 SHOWN = 16  # images of each variant that the report shows
 
@@ -84,7 +85,7 @@ def bench(
     bundle: Bundle,
     *,
     backend: str = "onnxruntime",
-    threads: int = 0,
+    settings: Settings | None = None,
     count: int = 128,
     steps: int | None = None,
     seed: int = 1,
@@ -96,7 +97,7 @@ def bench(
     """
     recipe, model = bundle.manifest.recipe, bundle.manifest.model
     steps = recipe.steps if steps is None else steps
-    variants = _variants(bundle, backend, threads, steps)
+    variants = _variants(bundle, backend, settings or Settings(), steps)
     labels = [i % model.num_classes for i in range(count)]
     batches = [labels[i : i + recipe.batch] for i in range(0, count, recipe.batch)]
     for variant in variants:
@@ -112,7 +113,7 @@ def bench(
     reference = variants[0]
     rows = [_row(variant, reference, bundle) for variant in variants]
     for row, variant in zip(rows, variants, strict=True):
-        row["peak_memory_mib"] = _peak_memory_mib(bundle, variant, backend, threads)
+        row["peak_memory_mib"] = _peak_memory_mib(bundle, variant, settings or Settings())
     return {
         "machine": machine.describe(),
         "backend": variants[0].pipeline.backend.facts(),
@@ -134,9 +135,9 @@ def bench(
     }
 
 
-def _variants(bundle: Bundle, backend: str, threads: int, steps: int) -> list[Variant]:
+def _variants(bundle: Bundle, backend: str, settings: Settings, steps: int) -> list[Variant]:
     """Full precision first; then each gain alone and both together, where the recipe has them."""
-    runtime = make_backend(backend, threads)
+    runtime = open_backend(backend, bundle, settings)
     recipe = bundle.manifest.recipe
     reference = Pipeline(bundle, backend=runtime, target="reference")
     quantized = Pipeline(bundle, backend=runtime)
@@ -211,7 +212,7 @@ def _spread(values: Any) -> dict[str, float] | None:
     return dict(zip(("p10", "p50", "p90"), (float(f"{v:.5g}") for v in found), strict=True))
 
 
-def _peak_memory_mib(bundle: Bundle, variant: Variant, backend: str, threads: int) -> float | None:
+def _peak_memory_mib(bundle: Bundle, variant: Variant, settings: Settings) -> float | None:
     """Peak resident memory of a fresh process that samples one image in this way.
 
     It takes a few steps of both kinds; more would hold no more memory than their features. None,
@@ -221,8 +222,9 @@ def _peak_memory_mib(bundle: Bundle, variant: Variant, backend: str, threads: in
         report = Path(folder) / "sample.json"
         command = [sys.executable, "-m", "ditcast", "sample", str(bundle.path), "--labels", "0"]
         command += ["-o", str(Path(folder) / "sample.npy"), "--json", str(report)]
-        command += ["--backend", backend, "--target", variant.pipeline.target]
-        command += ["--threads", str(threads), "--cache", variant.cache]
+        command += ["--backend", variant.pipeline.backend.name, "--target", variant.pipeline.target]
+        command += ["--threads", str(settings.threads), "--cache", variant.cache]
+        command += [] if settings.spin else ["--no-spin"]
         few = min(variant.steps, bundle.manifest.recipe.interval + 1)
         command += ["--steps", str(few)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)

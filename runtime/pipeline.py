@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +13,8 @@ from numpy.typing import NDArray
 from ditcast.bundle import Bundle
 from ditcast.cache import StepPlan, make_plan
 from ditcast.errors import ConfigError
-from ditcast.runtime.backends import Backend, Session, make_backend
+from ditcast.runtime.backends import Backend, Session, graph_file
+from ditcast.runtime.choice import open_backend
 from ditcast.sampling import (
     Coefficients,
     coefficients,
@@ -24,6 +24,7 @@ from ditcast.sampling import (
     update,
 )
 from ditcast.schedule import NoiseSchedule, from_config
+from ditcast.settings import Settings
 
 Samples = NDArray[np.float32]
 Loop = Literal["host", "graph"]
@@ -47,22 +48,30 @@ class Pipeline:
         *,
         backend: Backend | str = "onnxruntime",
         target: str | None = None,
-        threads: int = 0,
+        settings: Settings | None = None,
+        low_memory: bool = False,
     ) -> None:
-        """Open a bundle; `target` picks other graphs than those the backend runs fastest."""
+        """Open a bundle; `target` picks other graphs than those the backend runs fastest.
+
+        With `low_memory` the temporal features' weights leave memory before those of the steps
+        are loaded, and are loaded again for the next request.
+        """
         self.bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(Path(bundle))
-        self.backend = make_backend(backend, threads) if isinstance(backend, str) else backend
+        if isinstance(backend, str):
+            backend = open_backend(backend, self.bundle, settings)
+        self.backend = backend
         self.target = target or self.backend.target
         self.recipe = self.bundle.manifest.recipe
         self.model = self.bundle.manifest.model
         self.schedule = from_config(self.bundle.manifest.schedule)
+        self.low_memory = low_memory
         self._sessions: dict[str, Session] = {}
 
     def session(self, graph: str) -> Session:
         """The session of one graph."""
         if graph not in self._sessions:
-            path = self.bundle.graph(self.target, graph)
-            self._sessions[graph] = self.backend.session(path)
+            file = graph_file(self.bundle, self.target, graph)
+            self._sessions[graph] = self.backend.session(file)
         return self._sessions[graph]
 
     def plan(self, steps: int | None = None, cache: str | None = None) -> StepPlan:
@@ -125,6 +134,8 @@ class Pipeline:
         unique, inverse = np.unique([*labels, null], return_inverse=True)
         feeds = {"timesteps": timesteps.astype(np.float32), "class_labels": unique}
         found = self.session("temporal").run(feeds, ["features"])["features"]
+        if self.low_memory:
+            del self._sessions["temporal"]
         n = len(labels)
         return found, np.concatenate([inverse[:n], inverse[n:].repeat(n if guided else 0)])
 
@@ -140,43 +151,15 @@ class Pipeline:
     ) -> Samples:
         steps, n, channels = len(plan.full), len(labels), self.model.sample_shape[0]
         features, rows = self.features(labels, schedule.timesteps(steps), guidance > 1)
-        caches: deque[dict[str, Any]] = deque(maxlen=plan.history)
+        network = _Network(self, plan, features, rows)
         x: Samples = noise[0]
         for step, row in enumerate(coefficients(schedule, self.recipe.sampler, steps).tolist()):
-            feeds = {
-                "sample": np.tile(x, (len(rows) // n, 1, 1, 1)),
-                "features": features[step][rows],
-            }
-            output = self._network(feeds, plan, step, caches)
-            output = guide(output, n, channels, guidance)
+            output = guide(network.run(step, x), n, channels, guidance)
             step_noise = noise[1 + step] if len(noise) > 1 else None
             x = update(x, output, step_noise, Coefficients(*row), schedule.clip)
             if callback is not None:
                 callback(Step(step, bool(plan.full[step]), x))
         return x
-
-    def _network(
-        self,
-        feeds: dict[str, Any],
-        plan: StepPlan,
-        step: int,
-        caches: deque[dict[str, Any]],
-    ) -> Samples:
-        """One full or reuse step; a full step that later ones read adds to `caches`."""
-        if not plan.full[step]:
-            past = {
-                f"cache.{slot}" + (f"@{age}" if age else ""): cache[f"cache.{slot}"]
-                for age, cache in enumerate(caches)
-                for slot in self.model.slots
-            }
-            feeds = feeds | {"weights": plan.weights[step]} | past
-            return self.session("reuse").run(feeds, ["output"])["output"]
-        names = [f"cache.{slot}" for slot in self.model.slots] if plan.feeds_reuse(step) else []
-        found = self.session("full").run(feeds, ["output", *names])
-        output = found.pop("output")
-        if found:
-            caches.appendleft(found)
-        return output
 
     def _graph_loop(self, labels: Sequence[int], noise: Samples, guidance: float) -> Samples:
         feeds = {
@@ -192,6 +175,11 @@ class Pipeline:
         self, steps: int, cache: str | None, spacing: str | None, callback: object
     ) -> None:
         """The plan and the schedule are constants of `sampler.onnx`."""
+        if "graph" not in self.backend.loops:
+            raise ConfigError(
+                f"loop graph: backend {self.backend.name} runs a whole Loop many times slower than "
+                "its steps; use --loop host, or --backend onnxruntime"
+            )
         asked = {"steps": steps, "cache": cache or self.recipe.cache}
         for key, value in asked.items():
             held = getattr(self.recipe, key)
@@ -213,3 +201,53 @@ class Pipeline:
         for label in labels:
             if not 0 <= label <= last:
                 raise ConfigError(f"labels: got {label}, expected 0 to {last}")
+
+
+class _Network:
+    """Full and reuse steps of one request over buffers that every step uses again."""
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        plan: StepPlan,
+        features: NDArray[np.float32],
+        rows: NDArray[np.int64],
+    ) -> None:
+        """`features` are (T, U, F); `rows` (N,) says which of U each row of the batch takes."""
+        model = pipeline.model
+        self.session, self.plan = pipeline.session, plan
+        self.all_features, self.rows = features, rows
+        self.steps, self.weights = plan.ahead()
+        width, ahead = len(rows), self.steps.shape[1]
+        self.sample = np.empty((width, *model.sample_shape), np.float32)
+        self.features = np.empty((width, model.features), np.float32)
+        self.ahead = np.empty((ahead, width, model.features), np.float32)
+        shape = (width, model.output_channels, *model.sample_shape[1:])
+        self.output = np.empty(shape, np.float32)
+        self.forecast = np.empty((ahead, width, *model.slot_shape), np.float32)
+        self.pending: dict[int, Samples] = {}  # of each reuse step to come, what its stream takes
+
+    def run(self, step: int, x: Samples) -> Samples:
+        """One full or reuse step on samples (n, C, H, W); the result lasts until the next one."""
+        self.sample.reshape(-1, *x.shape)[:] = x
+        np.take(self.all_features[step], self.rows, axis=0, out=self.features)
+        feeds = {"sample": self.sample, "features": self.features}
+        if not self.plan.full[step]:
+            feeds["forecast"] = self.pending.pop(step)
+            self.session("reuse").run_into(feeds, {"output": self.output})
+            return self.output
+        for r, later in enumerate(self.steps[step]):
+            np.take(self.all_features[later], self.rows, axis=0, out=self.ahead[r])
+        feeds |= {"ahead": self.ahead, "weights": self.weights[step]}
+        buffers = {"output": self.output, "forecast": self.forecast}
+        self.session("full").run_into(feeds, buffers)
+        for r, later in enumerate(self.steps[step].tolist()):
+            self._add(later, self.forecast[r])
+        return self.output
+
+    def _add(self, later: int, part: Samples) -> None:
+        """Add one full step's part; only the newest is read before its buffer is filled again."""
+        if self.plan.history == 1:
+            self.pending[later] = part
+        else:
+            self.pending[later] = self.pending[later] + part if later in self.pending else +part

@@ -30,6 +30,7 @@ def manifest(fingerprint: str = "f" * 64, **recipe: Any) -> Manifest:
         classes=("cat", "dog"),
         num_classes=2,
         slots=("blocks.0.attn", "blocks.0.mlp"),
+        slot_shape=(16, 4),
         features=8,
         parameters=9,
         temporal_parameters=3,

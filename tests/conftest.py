@@ -6,7 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -51,6 +51,14 @@ torch.set_num_threads(1)  # on busy cores the threads of a tiny model only wait 
 RECIPE: dict[str, Any] = {"steps": 6, "interval": 2, "samples": 4, "batch": 2}
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Compiled graphs of tests stay out of the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DITCAST_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A diffusers directory with a seeded, untrained DiT of 5 classes and 16x16 RGB samples."""
@@ -69,11 +77,13 @@ def tiny(tiny_dir: Path) -> LoadedModel:
     return load(str(tiny_dir))
 
 
-def make_bundle(model: LoadedModel, path: Path, **keys: Any) -> Bundle:
+def make_bundle(
+    model: LoadedModel, path: Path, targets: Sequence[str] = ("onnxruntime",), **keys: Any
+) -> Bundle:
     """Calibrate and export a model into `path`, without measuring."""
     bundle = Bundle.create(path, describe(model, recipes.make(RECIPE | keys)))
     calibrate(bundle, model)
-    to_onnx(bundle, model)
+    to_onnx(bundle, model, targets)
     return bundle
 
 
@@ -84,13 +94,20 @@ def shared_bundle(tiny: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -
 
 
 @pytest.fixture(scope="session")
+def narrow_bundle(tiny: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """The same in W7A8, which is exact in every runtime on every CPU; for both CPU targets."""
+    path = tmp_path_factory.mktemp("narrow") / "narrow.bundle"
+    return make_bundle(tiny, path, ("onnxruntime", "openvino"), scheme="w7a8")
+
+
+@pytest.fixture(scope="session")
 def other_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """A bundle of the other model, DDPM with caching at interval 3; never write to it."""
     folder = tmp_path_factory.mktemp("other")
     torch.manual_seed(3)
     DiTTransformer2DModel(**(TINY | OTHER)).save_pretrained(folder / "transformer")
     DDPMScheduler(**OTHER_SCHEDULER).save_pretrained(folder / "scheduler")
-    keys = {"sampler": "ddpm", "interval": 3, "guidance": 1.5, "method": "mse"}
+    keys: dict[str, Any] = {"sampler": "ddpm", "interval": 3, "guidance": 1.5, "method": "mse"}
     return make_bundle(load(str(folder)), folder / "other.bundle", **keys)
 
 

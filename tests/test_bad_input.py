@@ -16,7 +16,7 @@ import pytest
 
 from ditcast.bundle import Bundle
 from ditcast.manifest import FileEntry
-from ditcast.runtime.machine import cores
+from ditcast.settings import cores
 from tests.bundles import Bomb, write_manifest
 from tests.conftest import RECIPE, Cli
 
@@ -247,6 +247,16 @@ REQUESTS: dict[str, Case] = {
         nothing,
         (*SAMPLE, 1, "--target", "gpu"),
         "target 'gpu'; it has targets onn",
+    ),
+    "an unknown target to export": (
+        nothing,
+        ("export", "b", "--target", "gpu"),
+        "target: unknown 'gpu'; expected one of reference, onnxruntime, openvino",
+    ),
+    "a bundle without the backend's target": (
+        nothing,
+        (*SAMPLE, 1, "--backend", "openvino"),
+        "no graph 'temporal' for target 'openvino'; it has targets onnxruntime, reference",
     ),
     "an unknown backend": (
         nothing,

@@ -5,15 +5,23 @@ from __future__ import annotations
 import importlib
 
 from ditcast.errors import ConfigError, MissingDependencyError
-from ditcast.runtime.backends.base import Backend, Session
+from ditcast.runtime.backends.base import (
+    Backend,
+    GraphFile,
+    NodeTime,
+    Session,
+    graph_file,
+)
+from ditcast.settings import Settings
 
 # name -> (module, class, extra that brings its packages)
 BACKENDS = {
     "onnxruntime": ("ditcast.runtime.backends.onnxruntime", "OnnxRuntimeBackend", ""),
+    "openvino": ("ditcast.runtime.backends.openvino", "OpenVinoBackend", "openvino"),
 }
 
 
-def make_backend(name: str, threads: int = 0) -> Backend:
+def make_backend(name: str, settings: Settings | None = None) -> Backend:
     """The backend of that name.
 
     Raises:
@@ -21,10 +29,10 @@ def make_backend(name: str, threads: int = 0) -> Backend:
         MissingDependencyError: its package is not installed.
     """
     if name not in BACKENDS:
-        raise ConfigError(f"backend: unknown {name!r}; expected one of {', '.join(BACKENDS)}")
+        raise ConfigError(f"backend: unknown {name!r}; expected one of {', '.join(BACKENDS)}, auto")
     module, kind, extra = BACKENDS[name]
     try:
-        found: Backend = getattr(importlib.import_module(module), kind)(threads)
+        found: Backend = getattr(importlib.import_module(module), kind)(settings or Settings())
     except ImportError as err:
         raise MissingDependencyError(
             f"backend {name!r} cannot be loaded ({err}). "
@@ -33,4 +41,12 @@ def make_backend(name: str, threads: int = 0) -> Backend:
     return found
 
 
-__all__ = ["BACKENDS", "Backend", "Session", "make_backend"]
+__all__ = [
+    "BACKENDS",
+    "Backend",
+    "GraphFile",
+    "NodeTime",
+    "Session",
+    "graph_file",
+    "make_backend",
+]

@@ -3,12 +3,68 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from numpy.typing import NDArray
 
+from ditcast.bundle import Bundle
+from ditcast.errors import BundleError
+from ditcast.manifest import REFERENCE, WEIGHTS
+from ditcast.recipe import WEIGHT_BITS
+from ditcast.runtime.machine import available_memory_mib
+
 Arrays = Mapping[str, NDArray[Any]]
+QUANTIZED = ("full", "sampler")  # the graphs that hold quantized layers
+# How runtimes say that an allocation failed; none of them raises MemoryError for its own.
+OUT_OF_MEMORY = ("bad_alloc", "bad allocation", "failed to allocate", "out of memory")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GraphFile:
+    """A graph on disk, and what a backend has to know before it loads it.
+
+    `identity` names the bytes of the graph and its weights; without one, nothing that is
+    compiled from it is kept. `weight_bits` is the widest integer weight, 0 for a float graph.
+    `size` is that of graph and weights in bytes. The weights of a graph that runs `once` per
+    request are better read in place than packed.
+    """
+
+    path: Path
+    identity: str = ""
+    weight_bits: int = 0
+    size: int = 0
+    once: bool = False
+
+
+def graph_file(bundle: Bundle, target: str, name: str) -> GraphFile:
+    """A graph of a bundle.
+
+    Raises:
+        BundleError: the bundle has no such graph, or it is stale.
+    """
+    path = bundle.graph(target, name)
+    manifest, folder = bundle.manifest, f"graphs/{target}/"
+    entries = [manifest.files[f"{folder}{file}"] for file in (path.name, WEIGHTS)]
+    bits = 0
+    if target != REFERENCE and name in QUANTIZED and manifest.quantization is not None:
+        bits = max(WEIGHT_BITS[layer.precision] for layer in manifest.quantization.layers)
+    return GraphFile(
+        path=path,
+        identity=" ".join(entry.sha256 for entry in entries),
+        weight_bits=bits,
+        size=sum(entry.size for entry in entries),
+        once=name == "temporal",
+    )
+
+
+class NodeTime(NamedTuple):
+    """One node of a profiled graph: its name, the kernel that ran it, and its median time."""
+
+    node: str
+    kernel: str
+    ms: float
 
 
 class Session(Protocol):
@@ -18,26 +74,42 @@ class Session(Protocol):
         """Compute the named outputs."""
         ...
 
+    def run_into(self, feeds: Arrays, buffers: Arrays) -> None:
+        """Compute the outputs that `buffers` names into its arrays, without copies."""
+        ...
+
 
 class Backend(Protocol):
-    """A runtime, ready to load graphs.
-
-    `target` is the encoding of the graphs it runs fastest; `integer_kernels` are the operators
-    that prove a layer ran in integers.
-    """
+    """A runtime, ready to load graphs; `target` is the encoding of the graphs it runs fastest."""
 
     name: str
     target: str
-    integer_kernels: frozenset[str]
+    loops: tuple[str, ...]  # the control loops it can run
 
-    def session(self, path: Path) -> Session:
+    def session(self, graph: GraphFile) -> Session:
         """Load a graph."""
         ...
 
-    def profile(self, path: Path, feeds: Arrays) -> list[tuple[str, str, float]]:
-        """Run a graph under the runtime's own profiler: (node name, kernel, ms) per node."""
+    def profile(self, graph: GraphFile, feeds: Arrays, runs: int) -> list[NodeTime]:
+        """Run a graph `runs` times, after one to warm up, under the runtime's own profiler."""
+        ...
+
+    def is_integer(self, kernel: str) -> bool:
+        """Whether that kernel multiplies integers."""
         ...
 
     def facts(self) -> dict[str, Any]:
         """Versions and settings for reports."""
         ...
+
+
+def failure(backend: str, graph: GraphFile, action: str, err: Exception) -> BundleError:
+    """What a runtime raised, as one line; where memory ran out, it says what was needed."""
+    problem = str(err).strip() or type(err).__name__
+    if isinstance(err, MemoryError) or any(sign in problem.lower() for sign in OUT_OF_MEMORY):
+        return BundleError(
+            f"backend {backend}: out of memory, {action} {graph.path}: its files are "
+            f"{graph.size / 2**20:.0f} MiB, and {available_memory_mib():.0f} MiB are available; "
+            "use --low-memory, a smaller batch, or a quantized target"
+        )
+    return BundleError(f"backend {backend}: {action} {graph.path} fails: {problem.splitlines()[0]}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,40 +13,62 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from ditcast.errors import BundleError, ConfigError, UnsupportedError
-from ditcast.runtime.backends.base import Arrays, Session
-from ditcast.runtime.machine import cores
+from ditcast.errors import BundleError, UnsupportedError
+from ditcast.progress import say
+from ditcast.runtime.backends.base import Arrays, GraphFile, NodeTime, Session, failure
+from ditcast.runtime.backends.loadcache import LoadCache, machine_facts
+from ditcast.settings import Settings
 
 PROVIDERS = ["CPUExecutionProvider"]
 PROBE = Path(__file__).parent / "probe.onnx"
-# Computes u8 x s8 through u8 x u8 kernels, which do not saturate on CPUs without VNNI.
+# Computes u8 x s8 through u8 x u8 kernels, which do not saturate on CPUs without VNNI. Weights
+# of 7 bits cannot saturate, and ONNX Runtime leaves them to the faster kernels.
 PRECISE = ("session.x64quantprecision", "1")
+OPTIMIZED = "graph.onnx"
+INLINE_BYTES = "1024"  # as in the graphs that export writes
 
 
 class OnnxRuntimeSession:
-    """One graph in an `InferenceSession`; refuses to run anywhere but on the CPU provider."""
+    """One graph in an `InferenceSession` on the CPU provider."""
 
-    def __init__(self, path: Path, options: onnxruntime.SessionOptions) -> None:
-        """Load the graph.
+    def __init__(self, graph: GraphFile, path: Path, options: onnxruntime.SessionOptions) -> None:
+        """Load `path`: the graph, or what ONNX Runtime made of it before.
 
         Raises:
             BundleError: ONNX Runtime cannot load it.
         """
-        self._path = path
+        self._graph = graph
         try:
             self._session = onnxruntime.InferenceSession(str(path), options, providers=PROVIDERS)
         except Exception as err:  # ONNX Runtime raises its own, undocumented classes
-            problem = str(err).strip().splitlines()[0]
-            raise BundleError(f"backend onnxruntime: cannot load {path}: {problem}") from err
+            raise failure("onnxruntime", graph, "loading", err) from err
 
     def run(self, feeds: Arrays, outputs: Sequence[str]) -> dict[str, NDArray[Any]]:
         """Compute the named outputs."""
         try:
             found = self._session.run(list(outputs), dict(feeds))
         except Exception as err:  # as above
-            problem = str(err).strip().splitlines()[0]
-            raise BundleError(f"backend onnxruntime: {self._path} fails: {problem}") from err
+            raise failure("onnxruntime", self._graph, "running", err) from err
         return dict(zip(outputs, found, strict=True))
+
+    def run_into(self, feeds: Arrays, buffers: Arrays) -> None:
+        """Compute the outputs that `buffers` names into its arrays, by I/O binding."""
+        try:
+            binding = self._session.io_binding()
+            for name, array in feeds.items():
+                binding.bind_cpu_input(name, array)
+            for name, array in buffers.items():
+                if not (array.flags.c_contiguous and array.flags.writeable):
+                    raise ValueError(f"the buffer for {name} is not contiguous and writeable")
+                place = array.__array_interface__["data"][0]
+                binding.bind_output(name, "cpu", 0, array.dtype.type, array.shape, place)
+            self._session.run_with_iobinding(binding)
+        except Exception as err:  # as above
+            raise failure("onnxruntime", self._graph, "running", err) from err
+
+    def outputs(self) -> list[str]:
+        """The names of all outputs."""
+        return [output.name for output in self._session.get_outputs()]
 
     def end_profiling(self) -> Path:
         """Stop the profiler; returns the file it wrote."""
@@ -57,20 +80,17 @@ class OnnxRuntimeBackend:
 
     name = "onnxruntime"
     target = "onnxruntime"
+    loops: tuple[str, ...] = ("host", "graph")
     integer_kernels = frozenset({"MatMulIntegerToFloat", "QLinearMatMul", "QGemm", "QLinearConv"})
 
-    def __init__(self, threads: int = 0) -> None:
-        """Use `threads` threads, 0 for one per core; finds out how this CPU multiplies integers.
+    def __init__(self, settings: Settings) -> None:
+        """Find out how this CPU multiplies integers.
 
         Raises:
-            ConfigError: more threads than cores, or fewer than none.
+            ConfigError: more threads than cores.
             UnsupportedError: integer products are wrong on this CPU in every mode.
         """
-        if not 0 <= threads <= cores():
-            raise ConfigError(
-                f"threads: got {threads}, expected 1 to {cores()}, or 0 for one per core"
-            )
-        self.threads = threads or cores()
+        self.threads, self.spin = settings.thread_count(), settings.spin
         self.precise = False
         if not self._multiplies_exactly():
             self.precise = True
@@ -79,42 +99,84 @@ class OnnxRuntimeBackend:
                     "backend onnxruntime: u8 x s8 products saturate on this CPU even in the "
                     "precise mode; int8 graphs give wrong images here, use --target reference"
                 )
+        facts = machine_facts(onnxruntime=onnxruntime.__version__, precise=str(self.precise))
+        self._cache = LoadCache(self.name, facts)
 
     def _options(self) -> onnxruntime.SessionOptions:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = self.threads
         options.log_severity_level = 3
+        if not self.spin:
+            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         if self.precise:
             options.add_session_config_entry(*PRECISE)
         return options
 
     def _multiplies_exactly(self) -> bool:
         """Whether the largest u8 and s8 codes give the exact product: `tools/make_probe.py`."""
-        session = OnnxRuntimeSession(PROBE, self._options())
+        session = OnnxRuntimeSession(GraphFile(path=PROBE), PROBE, self._options())
         found = session.run({"x": np.full((1, 32, 64), 255, np.float32)}, ["y"])["y"]
         return bool((found == 255 * 127 * 64).all())
 
-    def session(self, path: Path) -> Session:
-        """Load a graph with default optimizations."""
-        return OnnxRuntimeSession(path, self._options())
+    def session(self, graph: GraphFile) -> Session:
+        """Load a graph with default optimizations.
 
-    def profile(self, path: Path, feeds: Arrays) -> list[tuple[str, str, float]]:
-        """Run once to warm up and once measured; (node name, operator, ms) per executed node."""
+        A quantized one is kept as ONNX Runtime optimized it: that takes most of its loading. A
+        float graph would only be copied, its weights are mapped from the bundle.
+        """
+        if not graph.identity or not graph.weight_bits:
+            options = self._options()
+            if graph.once:
+                options.add_session_config_entry("session.disable_prepacking", "1")
+            return OnnxRuntimeSession(graph, graph.path, options)
+        label = f"backend onnxruntime: {graph.path.name}"
+        kept = self._cache.find(graph.identity, label)
+        if kept is not None:
+            options = self._options()
+            off = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL  # all of it is in the file
+            options.graph_optimization_level = off
+            try:
+                return OnnxRuntimeSession(graph, kept / OPTIMIZED, options)
+            except BundleError as err:
+                say(f"{label}: {kept} cannot be read ({err}); compiling it again")
+        found: list[Session] = []
+
+        def write(folder: Path) -> None:
+            options = self._options()
+            options.optimized_model_filepath = str(folder / OPTIMIZED)
+            key = "session.optimized_model_external_initializers"
+            options.add_session_config_entry(f"{key}_file_name", "weights.data")
+            options.add_session_config_entry(f"{key}_min_size_in_bytes", INLINE_BYTES)
+            found.append(OnnxRuntimeSession(graph, graph.path, options))
+
+        self._cache.store(graph.identity, label, write)
+        return found[0] if found else OnnxRuntimeSession(graph, graph.path, self._options())
+
+    def profile(self, graph: GraphFile, feeds: Arrays, runs: int) -> list[NodeTime]:
+        """Median times per executed node; a node of a `Loop` runs many times in one run."""
         with tempfile.TemporaryDirectory() as folder:
             options = self._options()
             options.enable_profiling = True
             options.profile_file_prefix = str(Path(folder) / "profile")
-            session = OnnxRuntimeSession(path, options)
-            outputs = [output.name for output in session._session.get_outputs()]
-            for _ in range(2):
-                session.run(feeds, outputs)
+            session = OnnxRuntimeSession(graph, graph.path, options)
+            for _ in range(1 + runs):
+                session.run(feeds, session.outputs())
             events = json.loads(session.end_profiling().read_text())
-        kernels: dict[str, tuple[str, float]] = {}
+        kernels: dict[str, str] = {}
+        times = defaultdict(list)
         for event in events:
             if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
                 node = event["name"].removesuffix("_kernel_time")
-                kernels[node] = (event["args"]["op_name"], event["dur"] / 1000)  # the last run's
-        return [(node, kernel, ms) for node, (kernel, ms) in kernels.items()]
+                kernels[node] = event["args"]["op_name"]
+                times[node].append(event["dur"] / 1000)
+        return [
+            NodeTime(node, kernels[node], float(np.median(ms[len(ms) // (1 + runs) :])))
+            for node, ms in times.items()
+        ]
+
+    def is_integer(self, kernel: str) -> bool:
+        """Whether that kernel multiplies integers."""
+        return kernel in self.integer_kernels
 
     def facts(self) -> dict[str, Any]:
         """Version, threads and integer mode."""
@@ -122,5 +184,6 @@ class OnnxRuntimeBackend:
             "backend": self.name,
             "onnxruntime": onnxruntime.__version__,
             "threads": self.threads,
+            "spin": self.spin,
             "integer_mode": "u8 x u8 (this CPU saturates u8 x s8)" if self.precise else "u8 x s8",
         }

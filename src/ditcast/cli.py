@@ -23,15 +23,19 @@ from ditcast.options import (
     LOOP,
     MODEL,
     OUTPUT,
-    THREADS,
+    TARGETS,
     join_labels,
     parse_labels,
     recipe_options,
+    runtime_options,
 )
 from ditcast.recipe import load as load_recipe
+from ditcast.settings import Settings
+from ditcast.tables import audit_lines, audit_rows, show, warn_of_slow_integers
 
 if TYPE_CHECKING:
     from ditcast.models import LoadedModel
+    from ditcast.runtime.audit import Audit
 
 
 @click.group()
@@ -45,8 +49,9 @@ def app() -> None:
 @OUTPUT
 @recipe_options
 @IMAGES
+@TARGETS
 @BACKEND
-@THREADS
+@runtime_options
 @JSON
 def compile_command(
     model: str,
@@ -54,23 +59,24 @@ def compile_command(
     recipe_file: Path | None,
     images: int | None,
     backend: str,
-    threads: int,
+    targets: tuple[str, ...],
+    settings: Settings,
     json_file: Path | None,
     **flags: Any,
 ) -> None:
     """All of it: calibrate, export, audit, bench. Resumes where an earlier run stopped."""
-    from ditcast.runtime.backends import make_backend
+    from ditcast.runtime.choice import check_backend
 
-    make_backend(backend, threads)  # what is wrong with it should be said before the long work
+    check_backend(backend, settings)  # what is wrong should be said before the long work
     bundle, loaded = _start(model, output, recipe_file, flags)
     _calibrate(bundle, loaded)
-    _export(bundle, loaded)
+    _export(bundle, loaded, targets, backend)
     del loaded  # a large model and its graphs do not fit in memory together
-    passed = _audit(bundle, backend, threads, "host", None)
+    _, passed = _audit(bundle, backend, settings, "host")
     _bench(
         bundle,
         backend=backend,
-        threads=threads,
+        settings=settings,
         count=images,
         steps=None,
         seed=None,
@@ -93,8 +99,9 @@ def calibrate(model: str, output: Path, recipe_file: Path | None, **flags: Any) 
 
 @app.command()
 @BUNDLE
-def export(bundle: Path) -> None:
-    """Export the graphs of a calibrated bundle."""
+@TARGETS
+def export(bundle: Path, targets: tuple[str, ...]) -> None:
+    """Export the graphs of a calibrated bundle: those of a target that are missing or stale."""
     opened = Bundle.open(bundle)
     source = opened.manifest.model.source
     loaded = _load(source)
@@ -106,7 +113,7 @@ def export(bundle: Path) -> None:
             f"export: {source} has changed since {bundle} was calibrated; "
             "compile a new bundle with another -o"
         )
-    _export(opened, loaded)
+    _export(opened, loaded, targets, "onnxruntime")
     click.echo(f"{bundle}: exported; next: ditcast bench {bundle}")
 
 
@@ -120,9 +127,10 @@ def export(bundle: Path) -> None:
 @click.option("--cache", help="instead of the recipe's policy, such as none")
 @click.option("--target", help="graphs to run, such as reference  [default: the backend's]")
 @click.option("--scale", type=click.IntRange(1), default=1, show_default=True, help="enlarge .png")
+@click.option("--low-memory", is_flag=True, help="load the parts of the model one by one")
 @LOOP
 @BACKEND
-@THREADS
+@runtime_options
 @JSON
 def sample(
     bundle: Path,
@@ -134,9 +142,10 @@ def sample(
     cache: str | None,
     target: str | None,
     scale: int,
+    low_memory: bool,
     loop: Literal["host", "graph"],
     backend: str,
-    threads: int,
+    settings: Settings,
     json_file: Path | None,
 ) -> None:
     """Sample images: a .png grid, or a .npy of the samples themselves."""
@@ -147,7 +156,9 @@ def sample(
     from ditcast.progress import counting
     from ditcast.runtime import Pipeline, images, machine
 
-    pipeline = Pipeline(bundle, backend=backend, target=target, threads=threads)
+    pipeline = Pipeline(
+        bundle, backend=backend, target=target, settings=settings, low_memory=low_memory
+    )
     images.check_output(output, pipeline.model.sample_shape[0])
     numbers = parse_labels(labels, pipeline.model.classes)
     size = pipeline.recipe.batch
@@ -186,7 +197,7 @@ def sample(
 @app.command()
 @BUNDLE
 @BACKEND
-@THREADS
+@runtime_options
 @IMAGES
 @click.option("--steps", type=int, help="instead of the recipe's")
 @click.option("--seed", type=click.IntRange(0), help="[default: the recipe's and one]")
@@ -194,7 +205,7 @@ def sample(
 def bench(
     bundle: Path,
     backend: str,
-    threads: int,
+    settings: Settings,
     images: int | None,
     steps: int | None,
     seed: int | None,
@@ -204,7 +215,7 @@ def bench(
     _bench(
         Bundle.open(bundle),
         backend=backend,
-        threads=threads,
+        settings=settings,
         count=images,
         steps=steps,
         seed=seed,
@@ -215,15 +226,19 @@ def bench(
 @app.command()
 @BUNDLE
 @BACKEND
-@THREADS
+@runtime_options
 @LOOP
 @JSON
-def audit(bundle: Path, backend: str, threads: int, loop: str, json_file: Path | None) -> None:
-    """Say which kernel every quantized layer really runs in; exit 1 if one is in float.
+def audit(
+    bundle: Path, backend: str, settings: Settings, loop: str, json_file: Path | None
+) -> None:
+    """Say which kernel every quantized layer really runs in, and how long; exit 1 if one is float.
 
     It also checks that the golden step of the export comes out on this machine.
     """
-    if not _audit(Bundle.open(bundle), backend, threads, loop, json_file):
+    found, passed = _audit(Bundle.open(bundle), backend, settings, loop, json_file)
+    show(audit_rows(found), right=3)
+    if not passed:
         raise click.exceptions.Exit(1)
 
 
@@ -295,32 +310,33 @@ def _calibrate(bundle: Bundle, loaded: LoadedModel) -> None:
     calibrate(bundle, loaded)
 
 
-def _export(bundle: Bundle, loaded: LoadedModel) -> None:
+def _export(bundle: Bundle, loaded: LoadedModel, targets: tuple[str, ...], backend: str) -> None:
     from ditcast.export import to_onnx
+    from ditcast.runtime.choice import targets_of
 
-    to_onnx(bundle, loaded)
+    to_onnx(bundle, loaded, targets or targets_of(backend))
 
 
-def _audit(bundle: Bundle, backend: str, threads: int, loop: str, json_file: Path | None) -> bool:
-    """Print the audit; whether every quantized layer is in an integer kernel."""
+def _audit(
+    bundle: Bundle, backend: str, settings: Settings, loop: str, json_file: Path | None = None
+) -> tuple[Audit, bool]:
+    """Audit, warn where integers may not pay; whether every quantized layer is in integers."""
     from ditcast.runtime.audit import audit
-    from ditcast.runtime.backends import make_backend
+    from ditcast.runtime.choice import open_backend
 
-    found = audit(bundle, make_backend(backend, threads), loop)
+    found = audit(bundle, open_backend(backend, bundle, settings), loop)
     _write_json(json_file, found.as_json())
-    for layer in found.lost:
-        click.echo(f"FLOAT {layer.layer}: {layer.kernel}")
-    counted = f"{len(found.layers) - len(found.lost)} of {len(found.layers)}"
-    click.echo(f"audit: {counted} quantized layers of {found.graph}.onnx run in integer kernels")
-    click.echo(f"audit: the golden step comes out at {found.golden_db:.1f} dB")
-    return found.passed
+    warn_of_slow_integers(found)
+    for line in audit_lines(found):
+        click.echo(line)
+    return found, found.passed
 
 
 def _bench(
     bundle: Bundle,
     *,
     backend: str,
-    threads: int,
+    settings: Settings,
     count: int | None,
     steps: int | None,
     seed: int | None,
@@ -334,13 +350,9 @@ def _bench(
     count = count or (1 if manifest.model.source.startswith("random:") else 128)
     if seed is None:  # not the noise that the scales were found on
         seed = manifest.recipe.seed + 1
-    report = bench(bundle, backend=backend, threads=threads, count=count, steps=steps, seed=seed)
-    header, *rows = summary(report)
-    table = Table(*header)
-    for row in rows:
-        table.add_row(*row)
+    report = bench(bundle, backend=backend, settings=settings, count=count, steps=steps, seed=seed)
     announce(report)
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    show(summary(report), right=1)
     _write_json(json_file, {key: value for key, value in report.items() if key != "shown"})
     page = write_report(bundle, report)
     if page is not None:

@@ -12,8 +12,10 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from ditcast.errors import BundleError
 from ditcast.recipe import Recipe
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
+REFERENCE = "reference"  # the target of full precision
+WEIGHTS = "weights.data"  # in the folder of a target: the weights of all its graphs
 _CHUNK = 1 << 22
 
 
@@ -39,17 +41,19 @@ class ModelInfo(_Section):
     classes: tuple[str, ...]
     num_classes: int
     slots: tuple[str, ...]
+    slot_shape: tuple[int, int]
     features: int
     parameters: int
     temporal_parameters: int
 
 
 class Layer(_Section):
-    """One quantized Linear: its name, its block, and the precision it must run in."""
+    """One quantized Linear: its name, its block, its precision, and its weight's shape (O, I)."""
 
     name: str
     block: str
     precision: str
+    shape: tuple[int, int]
 
 
 class Quantization(_Section):

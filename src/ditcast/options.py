@@ -2,22 +2,51 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin
+from typing import Any, Literal, TypeVar, cast, get_args, get_origin
 
 import click
 
 from ditcast.errors import ConfigError
 from ditcast.recipe import Recipe
+from ditcast.settings import Settings
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 BUNDLE = click.argument("bundle", type=click.Path(path_type=Path))
 MODEL = click.argument("model")
 OUTPUT = click.option("-o", "--output", required=True, type=click.Path(path_type=Path))
-BACKEND = click.option("--backend", default="onnxruntime", show_default=True, help="runtime")
-THREADS = click.option("--threads", default=0, show_default=True, help="0 is one per core")
+BACKEND = click.option(
+    "--backend",
+    default="onnxruntime",
+    show_default=True,
+    help="runtime: onnxruntime, openvino, or auto: the faster one here, measured once",
+)
+TARGETS = click.option(
+    "--target",
+    "targets",
+    multiple=True,
+    help="graphs to export, several times  [default: onnxruntime and that of --backend]",
+)
+
+
+def runtime_options(command: F) -> F:
+    """Add `--threads` and `--spin`; the command gets both as `settings`."""
+
+    @functools.wraps(command)
+    def wrapped(threads: int, spin: bool, **rest: Any) -> Any:
+        return command(settings=Settings(threads=threads, spin=spin), **rest)
+
+    spinning = click.option(
+        "--spin/--no-spin",
+        default=True,
+        show_default=True,
+        help="waiting threads keep their cores: faster alone, slower beside other work",
+    )
+    count = click.option("--threads", default=0, show_default=True, help="0 is one per core")
+    return cast(F, count(spinning(wrapped)))
 
 
 def _in_a_folder(context: click.Context, option: click.Parameter, path: Path | None) -> Path | None:

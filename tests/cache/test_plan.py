@@ -41,19 +41,89 @@ def test_segments_are_full_steps_with_their_reuse_steps() -> None:
     assert (starts.tolist(), lengths.tolist()) == ([0, 2, 5], [2, 3, 1])
 
 
-def test_caches_are_kept_only_where_they_are_read() -> None:
-    """The last full step of T=6, N=3 is followed by no reuse step; without a cache none is."""
-    plan = plan_of(6, 3)
-    assert [plan.feeds_reuse(i) for i in (0, 2, 5)] == [True, True, False]
-    none = plan_of(4, 1, policy="none")
-    assert not any(none.feeds_reuse(i) for i in range(4))
+def test_full_steps_look_ahead_to_the_reuse_steps_after_them() -> None:
+    """T=6, N=3: step 0 is read once, step 2 twice, step 5 never; the rest fills up R=2."""
+    plan = plan_of(6, 3, slots=2)
+    assert plan.full.tolist() == [True, False, True, False, False, True]
+    steps, weights = plan.ahead()
+    assert steps.tolist() == [[1, 0], [1, 1], [3, 4], [3, 3], [4, 4], [5, 5]]
+    used, unused = [1, 1], [0, 0]
+    filling = [unused, unused]
+    assert weights.tolist() == [[used, unused], filling, [used, used], filling, filling, filling]
+    assert steps.dtype == np.int64
+    assert weights.dtype == np.float32
 
 
-def test_a_longer_history_is_kept_longer() -> None:
-    """With two full steps of history, step 1 is read at step 3, past the full step 2."""
-    full = np.array([True, True, True, False])
-    plan = StepPlan(full=full, weights=np.ones((4, 2, 1), np.float32))
-    assert [plan.feeds_reuse(i) for i in (0, 1, 2)] == [False, True, True]
+def test_a_longer_history_is_read_from_further_ahead() -> None:
+    """Two full steps back: step 0 is read at step 1 and, past full step 2, at steps 3 and 4."""
+    full = np.array([True, False, True, False, False, True, False])
+    table = np.zeros((7, 2, 2), np.float32)
+    table[1] = [[1, 2], [99, 99]]  # there is only one full step to read yet
+    table[3] = [[3, 4], [5, 6]]
+    table[4] = [[7, 8], [9, 10]]
+    table[6] = [[11, 12], [13, 14]]
+    steps, weights = StepPlan(full=full, weights=table).ahead()
+    assert steps.tolist() == [
+        [1, 3, 4],
+        [1, 1, 1],
+        [3, 4, 6],
+        [3, 3, 3],
+        [4, 4, 4],
+        [6, 5, 5],
+        [6, 6, 6],
+    ]
+    unused = [0, 0]
+    assert weights[0].tolist() == [[1, 2], [5, 6], [9, 10]]
+    assert weights[2].tolist() == [[3, 4], [7, 8], [13, 14]]
+    assert weights[5].tolist() == [[11, 12], unused, unused]
+    assert (weights[~full] == 0).all()
+
+
+@pytest.mark.parametrize(
+    "plan", [plan_of(4, 1, policy="none"), plan_of(1, 1)], ids=["no cache", "one step"]
+)
+def test_without_reuse_steps_there_is_nothing_ahead(plan: StepPlan) -> None:
+    """R is 0."""
+    steps, weights = plan.ahead()
+    assert steps.shape == (len(plan.full), 0)
+    assert weights.shape == (len(plan.full), 0, 3)
+    assert steps.dtype == np.int64
+    assert weights.dtype == np.float32
+
+
+@st.composite
+def plans(draw: st.DrawFn) -> StepPlan:
+    """Any plan: full steps anywhere, any history, no weight like another and none zero."""
+    full = np.array([True, *draw(st.lists(st.booleans(), max_size=30))])
+    history, slots = draw(st.integers(1, 4)), draw(st.integers(1, 3))
+    weights = np.arange(1, 1 + len(full) * history * slots, dtype=np.float32)
+    weights = weights.reshape(len(full), history, slots) * ~full[:, None, None]
+    return StepPlan(full=full, weights=weights)
+
+
+@given(plans())
+def test_every_reuse_step_is_looked_ahead_to(plan: StepPlan) -> None:
+    """From as many full steps as its history holds, with its own weights, and nothing more."""
+    steps, weights = plan.ahead()
+    total, widest = steps.shape
+    assert total == len(plan.full)
+    assert weights.shape == (total, widest, plan.weights.shape[2])
+    reads: dict[int, dict[int, list[float]]] = {step: {} for step in range(total)}
+    used = np.zeros(total, int)
+    for t in range(total):
+        used[t] = sum(later != t for later in steps[t])
+        ahead, filling = steps[t, : used[t]], steps[t, used[t] :]
+        assert ahead.tolist() == sorted({*ahead.tolist()})  # in order, each once
+        assert (ahead > t).all()
+        assert (filling == t).all()
+        assert (weights[t, used[t] :] == 0).all()
+        for later, taken in zip(ahead.tolist(), weights[t].tolist(), strict=False):
+            reads[later][t] = taken
+    for step in range(total):
+        before = [t for t in range(step) if plan.full[t]][::-1][: plan.history]
+        newest_first = dict(zip(before, plan.weights[step].tolist(), strict=False))
+        assert reads[step] == ({} if plan.full[step] else newest_first)
+    assert used.max() == widest  # no full step asks for more than some full step needs
 
 
 def test_no_cache_computes_every_step() -> None:

@@ -14,8 +14,8 @@ from ditcast.calibrate.qparams import LayerScales, load, quantized, save
 def scales() -> dict[str, LayerScales]:
     """Scales of two layers."""
     return {
-        "b": LayerScales(activation=0.25, weight=torch.tensor([0.1, 0.2])),
-        "a": LayerScales(activation=0.5, weight=torch.tensor([0.3])),
+        "b": LayerScales(activation=0.25, weight=torch.tensor([0.1, 0.2]), bits=8),
+        "a": LayerScales(activation=0.5, weight=torch.tensor([0.3]), bits=7),
     }
 
 
@@ -29,6 +29,7 @@ def test_scales_survive_the_disk(tmp_path: Path) -> None:
     for name, held in scales().items():
         assert found[name].activation == held.activation
         assert torch.equal(found[name].weight, held.weight)
+        assert found[name].bits == held.bits
 
 
 @torch.no_grad()
@@ -37,7 +38,7 @@ def test_simulation_computes_with_codes() -> None:
     linear = nn.Linear(1, 2)
     linear.weight.copy_(torch.tensor([[0.32], [-1.0]]))
     linear.bias.copy_(torch.tensor([1.0, 2.0]))
-    held = {"layer": LayerScales(activation=0.25, weight=torch.tensor([0.1, 0.1]))}
+    held = {"layer": LayerScales(activation=0.25, weight=torch.tensor([0.1, 0.1]), bits=8)}
     with quantized({"layer": linear}, held):
         found = linear(torch.tensor([[0.6]]))
     torch.testing.assert_close(found, torch.tensor([[0.5 * 0.3 + 1, 0.5 * -1.0 + 2]]))
@@ -49,7 +50,7 @@ def test_simulation_leaves_no_trace() -> None:
     linear = nn.Linear(8, 4)
     weight, x = linear.weight.clone(), torch.randn(3, 8)
     wanted = linear(x)
-    held = {"layer": LayerScales(activation=0.25, weight=torch.full((4,), 0.1))}
+    held = {"layer": LayerScales(activation=0.25, weight=torch.full((4,), 0.1), bits=8)}
 
     def fail() -> None:
         assert not torch.equal(linear(x), wanted)

@@ -159,23 +159,26 @@ def test_states_can_be_taken_up_again(method: str) -> None:
     assert observer.bound(state, 99) == OBSERVERS[method].bound(watch(method, values), 99)
 
 
+@pytest.mark.parametrize(("bits", "levels"), [(7, 63), (8, 127)])
 @pytest.mark.parametrize("method", ["absmax", "minmax", "percentile"])
-def test_weights_take_their_largest_magnitude(method: str) -> None:
-    """Per output channel: at 8 bits the other methods clip nothing of the weights."""
+def test_weights_take_their_largest_magnitude(method: str, bits: int, levels: int) -> None:
+    """Per output channel: at 7 and 8 bits the other methods clip nothing of the weights."""
     weight = torch.tensor([[1.0, -2.54], [0.0, 0.5]])
-    torch.testing.assert_close(weight_scale(weight, method), torch.tensor([2.54, 0.5]) / 127)
+    wanted = torch.tensor([2.54, 0.5]) / levels
+    torch.testing.assert_close(weight_scale(weight, method, bits), wanted)
 
 
-def test_weights_by_mse_have_the_least_error() -> None:
+@pytest.mark.parametrize(("bits", "levels"), [(7, 63), (8, 127)])
+def test_weights_by_mse_have_the_least_error(bits: int, levels: int) -> None:
     """Per channel, mean |w - Q(w)|^2.4 is the least of the 80 shrunk ranges."""
     weight = torch.randn(6, 500, generator=torch.Generator().manual_seed(0)) ** 3
-    scale = weight_scale(weight, "mse")
+    scale = weight_scale(weight, "mse", bits)
 
     def error(scale: Tensor) -> Tensor:
-        restored = weight_codes(weight, scale) * scale[:, None]
+        restored = weight_codes(weight, scale, bits) * scale[:, None]
         return (weight - restored).abs().pow(WEIGHT_POWER).mean(dim=1)
 
-    largest = weight.abs().amax(dim=1) / LEVELS
+    largest = weight.abs().amax(dim=1) / levels
     tried = torch.stack([error(largest * (1 - 0.01 * i)) for i in range(80)])
     torch.testing.assert_close(error(scale), tried.amin(dim=0))
     assert (scale < largest).any()
@@ -184,9 +187,9 @@ def test_weights_by_mse_have_the_least_error() -> None:
 @pytest.mark.parametrize("method", get_args(Method))
 def test_a_dead_channel_is_no_division_by_zero(method: str) -> None:
     """A row of zeros gets a scale above zero and codes of zero."""
-    scale = weight_scale(torch.zeros(2, 4), method)
+    scale = weight_scale(torch.zeros(2, 4), method, 8)
     assert (scale > 0).all()
-    assert (weight_codes(torch.zeros(2, 4), scale) == 0).all()
+    assert (weight_codes(torch.zeros(2, 4), scale, 8) == 0).all()
 
 
 @given(values=st.lists(st.floats(-1e4, 1e4, width=32), min_size=1), scale=st.floats(1e-3, 10))
@@ -198,9 +201,10 @@ def test_rounding_stays_on_the_grid(values: list[float], scale: float) -> None:
     assert torch.equal(codes.round().clamp(-128, 127) * scale, restored)
     inside = (x / scale).abs() <= LEVELS
     assert ((restored - x).abs()[inside] <= scale / 2 * (1 + 1e-9)).all()
-    weights = weight_codes(x[None], torch.tensor([scale], dtype=torch.float64))
-    assert weights.abs().max() <= LEVELS
-    assert torch.equal(weights, weights.round())
+    for bits, levels in ((7, 63), (8, 127)):
+        weights = weight_codes(x[None], torch.tensor([scale], dtype=torch.float64), bits)
+        assert weights.abs().max() <= levels
+        assert torch.equal(weights, weights.round())
 
 
 def test_every_method_can_be_asked_for() -> None:

@@ -19,8 +19,10 @@ from ditcast.bundle import Bundle
 from ditcast.calibrate import qparams
 from ditcast.calibrate.ranges import weight_codes
 from ditcast.errors import UnsupportedError
+from ditcast.export import targets
 from ditcast.export.quantize import insert_qdq
 from ditcast.models import LoadedModel
+from ditcast.runtime.backends import graph_file, make_backend
 
 TARGETS = ("reference", "onnxruntime")
 GRAPHS = ("temporal", "full", "reuse", "sampler")
@@ -55,9 +57,9 @@ def constants(bundle: Bundle, target: str, name: str) -> dict[str, NDArray[Any]]
 
 @pytest.mark.parametrize(("target", "name"), EVERY)
 def test_only_standard_operators(shared_bundle: Bundle, target: str, name: str) -> None:
-    """The default domain at opset 21, in loop bodies too, and nothing else is imported."""
+    """The default domain at opset 23, in loop bodies too, and nothing else is imported."""
     model = read(shared_bundle, target, name)
-    assert [(opset.domain, opset.version) for opset in model.opset_import] == [("", 21)]
+    assert [(opset.domain, opset.version) for opset in model.opset_import] == [("", 23)]
     nodes = [node for body in bodies(model.graph) for node in body.node]
     assert {node.domain for node in nodes} == {""}
     assert not model.functions
@@ -65,18 +67,22 @@ def test_only_standard_operators(shared_bundle: Bundle, target: str, name: str) 
     onnx.checker.check_model(str(shared_bundle.graph(target, name)), full_check=True)
 
 
-CACHES = ["cache.blocks.0.attn", "cache.blocks.0.mlp", "cache.blocks.1.attn", "cache.blocks.1.mlp"]
-TOKENS, WIDTH, FEATURES = 16, 64, (6 * 2 + 2) * 64
+SLOTS, TOKENS, WIDTH, FEATURES = 4, 16, 64, (6 * 2 + 2) * 64
 SAMPLE = ("N", 3, 16, 16)
-SLOTS = dict.fromkeys(CACHES, (FLOAT, ("N", TOKENS, WIDTH)))
 STEP = {"sample": (FLOAT, SAMPLE), "features": (FLOAT, ("N", FEATURES))}
 CONTRACT: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "temporal": (
         {"timesteps": (FLOAT, ("T",)), "class_labels": (INT64, ("U",))},
         {"features": (FLOAT, ("T", "U", FEATURES))},
     ),
-    "full": (STEP, {"output": (FLOAT, SAMPLE)} | SLOTS),
-    "reuse": (STEP | {"weights": (FLOAT, (1, 4))} | SLOTS, {"output": (FLOAT, SAMPLE)}),
+    "full": (
+        STEP | {"ahead": (FLOAT, ("R", "N", FEATURES)), "weights": (FLOAT, ("R", SLOTS))},
+        {"output": (FLOAT, SAMPLE), "forecast": (FLOAT, ("R", "N", TOKENS, WIDTH))},
+    ),
+    "reuse": (
+        STEP | {"forecast": (FLOAT, ("N", TOKENS, WIDTH))},
+        {"output": (FLOAT, SAMPLE)},
+    ),
     "sampler": (
         {
             "noise": (FLOAT, ("n", 3, 16, 16)),
@@ -101,7 +107,7 @@ def signature(values: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize(("target", "name"), EVERY)
 def test_inputs_and_outputs(shared_bundle: Bundle, target: str, name: str) -> None:
-    """Names, types and shapes, in this order; the batch is symbolic, the rest is static."""
+    """Names, types and shapes, in this order; counts of rows and steps are symbolic only."""
     graph = read(shared_bundle, target, name).graph
     inputs, outputs = CONTRACT[name]
     assert list(signature(graph.input).items()) == list(inputs.items())
@@ -203,7 +209,9 @@ def test_quantized_layers(shared_bundle: Bundle, tiny: LoadedModel, name: str) -
         parameter = tiny.adapter.linears()[layer].weight.data
         codes = held[weight.input[0]]
         assert codes.dtype == np.int8
-        np.testing.assert_array_equal(codes.T, weight_codes(parameter, scales[layer].weight))
+        wanted = weight_codes(parameter, scales[layer].weight, scales[layer].bits)
+        assert scales[layer].bits == 8
+        np.testing.assert_array_equal(codes.T, wanted)
         np.testing.assert_array_equal(held[weight.input[1]], scales[layer].weight)
         bias = [held[i] for i in nodes[f"{at}/Add"].input if i in held]
         assert [b.shape for b in bias] == [(1, 1, len(parameter))]
@@ -230,6 +238,71 @@ def test_nothing_else_is_quantized(
     assert kinds.count("DequantizeLinear") == 2 * pairs
 
 
+def nodes_of(graph: onnx.GraphProto, kind: str) -> list[onnx.NodeProto]:
+    """The nodes of one kind, those of loop bodies included."""
+    return [node for body in bodies(graph) for node in body.node if node.op_type == kind]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(("name", "blocks"), [("full", 2), ("sampler", 2), ("reuse", 0)])
+def test_attention_is_one_operator_per_block(
+    shared_bundle: Bundle, target: str, name: str, blocks: int
+) -> None:
+    """Of query, key and value as they lie in the product, without a mask or a key-value cache."""
+    graph = read(shared_bundle, target, name).graph
+    found = nodes_of(graph, "Attention")
+    assert len(found) == blocks
+    made_by = {out: node for body in bodies(graph) for node in body.node for out in node.output}
+    for node in found:
+        assert len(node.output) == 1
+        split = made_by[node.input[0]]
+        assert split.op_type == "Split"
+        assert list(node.input) == list(split.output)  # these three, in order
+        set_ = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+        assert (set_.pop("q_num_heads"), set_.pop("kv_num_heads")) == (2, 2)
+        assert not any(set_.values())  # not causal, no cap
+    assert not nodes_of(graph, "Softmax")
+
+
+def permutations(graph: onnx.GraphProto) -> list[list[int]]:
+    """What the transposes of a graph do, in order."""
+    return [list(node.attribute[0].ints) for node in nodes_of(graph, "Transpose")]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_blocks_need_no_transposes(shared_bundle: Bundle, target: str) -> None:
+    """A full step has those of a reuse step, which are of the patches: three in, one out."""
+    patches = permutations(read(shared_bundle, target, "reuse").graph)
+    assert len(patches) == 4
+    assert sorted(map(len, patches)) == [3, 3, 6, 6]
+    assert permutations(read(shared_bundle, target, "full").graph) == patches
+    assert permutations(read(shared_bundle, target, "sampler").graph) == patches * 2
+    assert not permutations(read(shared_bundle, target, "temporal").graph)
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 5])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_full_step_looks_ahead_as_far_as_asked(
+    shared_bundle: Bundle, tiny: LoadedModel, count: int, rows: int
+) -> None:
+    """Any number of reuse steps and any batch in one graph, each value as torch computes it."""
+    rng = np.random.default_rng(count)
+    shapes = {
+        "sample": (rows, 3, 16, 16),
+        "features": (rows, FEATURES),
+        "ahead": (count, rows, FEATURES),
+        "weights": (count, SLOTS),
+    }
+    feeds = {name: rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
+    session = make_backend("onnxruntime").session(graph_file(shared_bundle, "reference", "full"))
+    found = session.run(feeds, ["output", "forecast"])
+    with torch.no_grad():
+        wanted = tiny.adapter.denoiser(*(torch.from_numpy(value) for value in feeds.values()))
+    assert found["forecast"].shape == (count, rows, TOKENS, WIDTH)
+    for value, tensor in zip(found.values(), wanted, strict=True):
+        np.testing.assert_allclose(value, tensor.numpy(), rtol=0, atol=2e-5)
+
+
 def test_a_loop_runs_over_segments(shared_bundle: Bundle) -> None:
     """An outer Loop, and within it a Loop of reuse steps; each step graph is there once."""
     top, outer, inner = bodies(read(shared_bundle, "reference", "sampler").graph)
@@ -240,15 +313,17 @@ def test_a_loop_runs_over_segments(shared_bundle: Bundle) -> None:
     held = constants(shared_bundle, "reference", "sampler")
     assert held["segment_starts"].tolist() == [0, 1, 3, 5]  # T=6, N=2: j = 5, 4, 2, 0
     assert held["segment_lengths"].tolist() == [1, 2, 2, 1]
+    assert held["ahead_steps"].tolist() == [[0], [2], [4], [5]]  # reuse steps are 2 and 4
+    assert held["ahead_weights"].tolist() == [[[0] * 4], [[1] * 4], [[1] * 4], [[0] * 4]]
 
 
 def test_a_layer_that_is_no_matmul_cannot_be_quantized() -> None:
     """The error says which rule keeps it in float."""
-    scales = {"odd": qparams.LayerScales(activation=1.0, weight=torch.ones(1))}
+    scales = {"odd": qparams.LayerScales(activation=1.0, weight=torch.ones(1), bits=8)}
     with pytest.raises(
         UnsupportedError, match=r"layer odd is no single MatMul .*{pattern: odd, precision: float}"
     ):
-        insert_qdq(gs.Graph(), scales, "onnxruntime", {})
+        insert_qdq(gs.Graph(), scales, targets.TARGETS["onnxruntime"], {})
 
 
 def test_no_path_of_this_machine_is_in_a_file(shared_bundle: Bundle, tiny_dir: Path) -> None:

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections import namedtuple
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from safetensors.numpy import load_file
 
 from ditcast import recipe as recipes
 from ditcast.bundle import Bundle
+from ditcast.cache import StepPlan
 from ditcast.calibrate import calibrate
 from ditcast.errors import BundleError, ParityError
 from ditcast.export import parity, stage, to_onnx
@@ -27,7 +29,8 @@ from ditcast.export.loop import LoopSpec, sampler_graph
 from ditcast.export.trace import trace
 from ditcast.models import LoadedModel
 from ditcast.models.base import describe
-from ditcast.runtime.backends import make_backend
+from ditcast.runtime import Pipeline
+from ditcast.runtime.backends import graph_file, make_backend
 from tests.conftest import RECIPE
 
 Usage = namedtuple("Usage", ["total", "used", "free"])
@@ -81,9 +84,13 @@ def test_golden_values_are_what_the_graphs_give(shared_bundle: Bundle) -> None:
     """Inputs of a full step and its outputs, so that any other machine can check itself."""
     assert shared_bundle.manifest.golden == ("golden/step.safetensors",)
     held = load_file(shared_bundle.file("golden/step.safetensors"))
-    feeds = {key: held[f"input.{key}"] for key in ("sample", "features")}
+    feeds = {name: held[f"input.{name}"] for name in ("sample", "features", "ahead", "weights")}
+    outputs = {f"output.{target}" for target in ("reference", "onnxruntime")}
+    assert held.keys() == {f"input.{name}" for name in feeds} | outputs
+    assert feeds["ahead"].shape == (2, *feeds["features"].shape)
+    assert feeds["weights"].tolist() == [[1, 0, 0, 0], [1, 1, 1, 1]]
     for target in ("reference", "onnxruntime"):
-        session = make_backend("onnxruntime").session(shared_bundle.graph(target, "full"))
+        session = make_backend("onnxruntime").session(graph_file(shared_bundle, target, "full"))
         found = session.run(feeds, ["output"])["output"]
         np.testing.assert_allclose(found, held[f"output.{target}"], rtol=0, atol=1e-5)
     assert not np.array_equal(held["output.reference"], held["output.onnxruntime"])
@@ -134,6 +141,52 @@ def test_a_graph_loop_that_differs_is_not_kept(
     monkeypatch.setattr(stage, "sampler_graph", wrong)
     with pytest.raises(ParityError, match="short.onnx differs from torch"):
         to_onnx(calibrated, tiny)
+
+
+def other_weights(plan: StepPlan) -> StepPlan:
+    """Half of every slot."""
+    return StepPlan(full=plan.full, weights=plan.weights * np.float32(0.5))
+
+
+def other_slots(plan: StepPlan) -> StepPlan:
+    """All slots but the last."""
+    weights = plan.weights.copy()
+    weights[:, :, -1] = 0
+    return StepPlan(full=plan.full, weights=weights)
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("mistake", [other_weights, other_slots])
+def test_a_graph_loop_that_forecasts_something_else_is_not_kept(
+    tiny: LoadedModel,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    mistake: Callable[[StepPlan], StepPlan],
+) -> None:
+    """Where the second step is a reuse step, as with T=5, N=2, its forecast is compared too."""
+
+    def wrong(spec: LoopSpec) -> onnx.ModelProto:
+        return sampler_graph(dataclasses.replace(spec, plan=mistake(spec.plan)))
+
+    keys = {"scheme": "none", "steps": 5}
+    bundle = Bundle.create(tmp_path / "wrong", describe(tiny, recipes.make(RECIPE | keys)))
+    calibrate(bundle, tiny)
+    monkeypatch.setattr(stage, "sampler_graph", wrong)
+    with pytest.raises(ParityError, match="short.onnx differs from torch"):
+        to_onnx(bundle, tiny)
+
+
+@pytest.mark.usefixtures("quick")
+def test_without_a_cache_the_loop_looks_ahead_to_nothing(tiny: LoadedModel, tmp_path: Path) -> None:
+    """R is 0: the graph loop has full steps only, and samples as the host loop does."""
+    keys = {"scheme": "none", "cache": "none"}
+    bundle = Bundle.create(tmp_path / "plain", describe(tiny, recipes.make(RECIPE | keys)))
+    calibrate(bundle, tiny)
+    to_onnx(bundle, tiny)
+    pipeline = Pipeline(bundle, target="reference")
+    host, graph = pipeline.sample([1, 4]), pipeline.sample([1, 4], loop="graph")
+    np.testing.assert_array_equal(host, graph)
+    assert host.std() > 0.05
 
 
 def test_only_what_belongs_to_a_bundle_is_in_it(shared_bundle: Bundle) -> None:
@@ -221,7 +274,7 @@ def test_export_needs_the_scales_of_its_recipe(
     scales = calibrated.file(held.file)
     content = scales.read_bytes()
     scales.write_bytes(content[:-1] + b"?")
-    with pytest.raises(BundleError, match=r"scales.safetensors is damaged \(its SHA-256 differs\)"):
+    with pytest.raises(BundleError, match="scales.safetensors in .*: SHA-256 differs"):
         to_onnx(calibrated, tiny)
     scales.write_bytes(content)
     calibrated.commit({"quantization": held.model_copy(update={"made_from": "0" * 64})})

@@ -70,7 +70,12 @@ def test_every_layer_runs_in_integers(
         layer.name for layer in shared_bundle.manifest.quantization.layers
     ]
     assert found.lost == ()
-    assert {layer.kernel for layer in found.layers} <= backend.integer_kernels
+    assert all(backend.is_integer(layer.kernel) for layer in found.layers)
+    assert all(layer.giga_ops > 0 for layer in found.layers)
+    total = sum(found.other.values()) + sum(layer.latency_ms for layer in found.layers)
+    for layer in found.layers:
+        assert layer.share == pytest.approx(layer.latency_ms / total)
+    assert set(found.rates) == {0, 7, 8}
     values = found.as_json()
     assert values["passed"] is True
     assert values["onnxruntime"] == backend.facts()["onnxruntime"]

@@ -14,14 +14,14 @@ from numpy.typing import NDArray
 from ditcast.bundle import Bundle
 from ditcast.errors import BundleError, ConfigError, MissingDependencyError, UnsupportedError
 from ditcast.runtime import backends
-from ditcast.runtime.backends import make_backend
+from ditcast.runtime.backends import GraphFile, graph_file, make_backend
 from ditcast.runtime.backends.onnxruntime import PROBE, OnnxRuntimeBackend, OnnxRuntimeSession
-from ditcast.runtime.machine import cores
+from ditcast.settings import Settings, cores
 
 
 def test_largest_codes_are_multiplied_exactly() -> None:
     """255 * 127 * 64, where a saturating kernel would give about half."""
-    session = make_backend("onnxruntime").session(PROBE)
+    session = make_backend("onnxruntime").session(GraphFile(path=PROBE))
     found = session.run({"x": np.full((1, 32, 64), 255, np.float32)}, ["y"])["y"]
     assert (found == 255 * 127 * 64).all()
 
@@ -51,13 +51,13 @@ def test_a_cpu_without_exact_products_is_refused(monkeypatch: pytest.MonkeyPatch
 def test_threads_are_at_most_cores(threads: int) -> None:
     """More would only wait for each other, fewer than none is a mistake."""
     with pytest.raises(ConfigError, match=f"threads: got {threads}, expected 1 to {cores()}, or 0"):
-        make_backend("onnxruntime", threads)
+        make_backend("onnxruntime", Settings(threads=threads))
 
 
 @pytest.mark.parametrize(("asked", "used"), [(0, cores()), (1, 1)])
 def test_threads_that_are_used(asked: int, used: int) -> None:
     """Zero is one per core."""
-    assert make_backend("onnxruntime", asked).facts()["threads"] == used
+    assert make_backend("onnxruntime", Settings(threads=asked)).facts()["threads"] == used
 
 
 def test_an_unknown_backend_lists_the_choices() -> None:
@@ -82,8 +82,8 @@ def test_a_backend_that_is_not_installed(
 def test_a_file_that_is_no_graph(tmp_path: Path) -> None:
     """ONNX Runtime's own exceptions become ours."""
     (tmp_path / "bad.onnx").write_bytes(b"no graph")
-    with pytest.raises(BundleError, match="backend onnxruntime: cannot load .*bad.onnx"):
-        make_backend("onnxruntime").session(tmp_path / "bad.onnx")
+    with pytest.raises(BundleError, match="backend onnxruntime: loading .*bad.onnx fails: "):
+        make_backend("onnxruntime").session(GraphFile(path=tmp_path / "bad.onnx"))
 
 
 def test_profiling_gives_a_kernel_for_every_node(shared_bundle: Bundle) -> None:
@@ -94,7 +94,7 @@ def test_profiling_gives_a_kernel_for_every_node(shared_bundle: Bundle) -> None:
         "timesteps": np.array([5.0], np.float32),
         "class_labels": np.array([0, model.num_classes], np.int64),
     }
-    found = backend.profile(shared_bundle.graph("reference", "temporal"), feeds)
+    found = backend.profile(graph_file(shared_bundle, "reference", "temporal"), feeds, 2)
     assert len(found) == len({node for node, _, _ in found}) > 5
     assert all(ms >= 0 for _, _, ms in found)
     assert {"Gemm", "MatMul"} & {kernel for _, kernel, _ in found}
@@ -103,7 +103,7 @@ def test_profiling_gives_a_kernel_for_every_node(shared_bundle: Bundle) -> None:
 
 def test_sessions_run_on_the_cpu_only(shared_bundle: Bundle) -> None:
     """Also where ONNX Runtime has other providers: audits and timings are of the CPU's kernels."""
-    session = make_backend("onnxruntime").session(shared_bundle.graph("reference", "full"))
+    session = make_backend("onnxruntime").session(graph_file(shared_bundle, "reference", "full"))
     assert isinstance(session, OnnxRuntimeSession)
     assert session._session.get_providers() == ["CPUExecutionProvider"]
 

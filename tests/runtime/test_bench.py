@@ -16,6 +16,7 @@ from ditcast.errors import ConfigError
 from ditcast.runtime import Pipeline
 from ditcast.runtime.bench import announce, bench, summary
 from ditcast.runtime.images import psnr_db, to_unit
+from ditcast.settings import Settings
 
 NAMES = ["full precision", "w8a8", "cache", "w8a8 + cache"]
 
@@ -48,7 +49,7 @@ def report(shared_bundle: Bundle) -> dict[str, Any]:
     """Five images in batches of two."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(subprocess, "run", pretend())
-        return bench(shared_bundle, count=5, threads=1)
+        return bench(shared_bundle, count=5, settings=Settings(threads=1))
 
 
 def test_each_gain_alone_and_both_together(report: dict[str, Any]) -> None:

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+import gc
+import weakref
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
 from ditcast.bundle import Bundle
+from ditcast.cache import StepPlan
 from ditcast.errors import BundleError, ConfigError
 from ditcast.runtime import Pipeline
+from ditcast.runtime.backends import GraphFile, NodeTime, Session
+from ditcast.runtime.backends.base import Arrays
+from ditcast.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from ditcast.runtime.images import psnr_db, to_unit
 from ditcast.runtime.pipeline import Step
+from ditcast.settings import Settings
 from tests.runtime.test_trajectories import psnr_db as psnr_of_range
 
 FULL = [True, True, False, True, False, True]  # FORA with T=6, N=2: j = 5, 4, 2, 0
@@ -190,64 +196,200 @@ def test_quantization_and_cache_change_the_picture_a_little(
         assert (found > 15).all()
 
 
+class Asked(NamedTuple):
+    """One run of a graph: its inputs as they were, and the shapes of what it had to compute."""
+
+    graph: str
+    feeds: dict[str, NDArray[Any]]
+    outputs: dict[str, tuple[int, ...]]
+
+
 class Recorder:
-    """A backend without numerics: it writes down which graph was asked for which outputs."""
+    """A backend without numerics: it writes down which graph was asked for which outputs.
+
+    Temporal features are all `10 * step + row`, and the forecasts of the k-th run of a full step
+    are all `100 * k + r`, so that one sees which of them come where.
+    """
 
     name, target = "null", "reference"
-    integer_kernels: frozenset[str] = frozenset()
+    loops: tuple[str, ...] = ("host", "graph")
 
-    def __init__(self) -> None:
-        """Nothing was asked yet."""
-        self.asked: list[tuple[str, tuple[str, ...], int]] = []
+    def __init__(self, features: int) -> None:
+        """Nothing was asked yet; features have that many columns."""
+        self.features = features
+        self.asked: list[Asked] = []
         self.opened: list[str] = []
 
-    def session(self, path: Path) -> Any:
+    def session(self, graph: GraphFile) -> Session:
         """Load nothing."""
-        self.opened.append(path.stem)
-        return _RecorderSession(self, path.stem)
+        self.opened.append(graph.path.stem)
+        return _RecorderSession(self, graph.path.stem)
 
-    def profile(self, path: Path, feeds: Any) -> list[tuple[str, str, float]]:
+    def profile(self, graph: GraphFile, feeds: Arrays, runs: int) -> list[NodeTime]:
         """Run nothing."""
         return []
+
+    def is_integer(self, kernel: str) -> bool:
+        """Have no kernels."""
+        return False
 
     def facts(self) -> dict[str, Any]:
         """Know nothing."""
         return {}
+
+    def of(self, graph: str) -> list[Asked]:
+        """The runs of one graph."""
+        return [asked for asked in self.asked if asked.graph == graph]
 
 
 class _RecorderSession:
     def __init__(self, backend: Recorder, graph: str) -> None:
         self.backend, self.graph = backend, graph
 
-    def run(
-        self, feeds: Mapping[str, NDArray[Any]], outputs: Sequence[str]
-    ) -> dict[str, NDArray[Any]]:
-        """Zeros of about the right shape."""
-        first = next(iter(feeds.values()))
-        self.backend.asked.append((self.graph, tuple(outputs), len(first)))
-        if self.graph == "temporal":
-            labels = len(feeds["class_labels"])
-            return {"features": np.zeros((len(first), labels, 1), np.float32)}
-        return {name: np.zeros(first.shape, np.float32) for name in outputs}
+    def run(self, feeds: Arrays, outputs: Sequence[str]) -> dict[str, NDArray[Any]]:
+        """Temporal features; the other graphs run into buffers."""
+        assert (self.graph, list(outputs)) == ("temporal", ["features"])
+        steps, rows = len(feeds["timesteps"]), len(feeds["class_labels"])
+        shape = (steps, rows, self.backend.features)
+        self._record(feeds, {"features": shape})
+        codes = 10 * np.arange(steps)[:, None] + np.arange(rows)
+        return {"features": codes[..., None].repeat(shape[-1], axis=2).astype(np.float32)}
+
+    def run_into(self, feeds: Arrays, buffers: Arrays) -> None:
+        """Zeros, and marked forecasts."""
+        self._record(feeds, {name: buffer.shape for name, buffer in buffers.items()})
+        for name, buffer in buffers.items():
+            buffer[...] = 0
+            if name == "forecast":
+                marks = 100 * len(self.backend.of("full")) + np.arange(len(buffer))
+                buffer += marks[:, None, None, None]
+
+    def _record(self, feeds: Arrays, outputs: dict[str, tuple[int, ...]]) -> None:
+        held = {name: value.copy() for name, value in feeds.items()}
+        self.backend.asked.append(Asked(self.graph, held, outputs))
 
 
 def test_which_graphs_a_request_runs(shared_bundle: Bundle) -> None:
-    """Temporal features once; caches leave a full step only where a reuse step reads them."""
-    recorder = Recorder()
+    """Temporal features once, then a full or a reuse step each, always for the same outputs."""
+    recorder = Recorder(shared_bundle.manifest.model.features)
     pipeline = Pipeline(shared_bundle, backend=recorder)
     pipeline.sample([3, 3, 1])
-    slots = tuple(f"cache.{slot}" for slot in shared_bundle.manifest.model.slots)
-    output = ("output",)
-    assert recorder.asked == [
-        ("temporal", ("features",), 6),
-        ("full", output, 6),
-        ("full", output + slots, 6),
-        ("reuse", output, 6),
-        ("full", output + slots, 6),
-        ("reuse", output, 6),
-        ("full", output, 6),
-    ]
+    kinds = {True: "full", False: "reuse"}
+    graphs = ["temporal", *(kinds[full] for full in FULL)]
+    assert [asked.graph for asked in recorder.asked] == graphs
+    image, slot = (6, 3, 16, 16), (6, 16, 64)  # three images with guidance
+    for asked in recorder.of("full"):
+        assert list(asked.feeds) == ["sample", "features", "ahead", "weights"]
+        assert asked.outputs == {"output": image, "forecast": (1, *slot)}
+    for asked in recorder.of("reuse"):
+        assert list(asked.feeds) == ["sample", "features", "forecast"]
+        assert asked.feeds["forecast"].shape == slot
+        assert asked.outputs == {"output": image}
+    for asked in recorder.asked[1:]:
+        assert asked.feeds["sample"].shape == image
+        assert asked.feeds["features"].shape == (6, shared_bundle.manifest.model.features)
+        assert {value.dtype for value in asked.feeds.values()} == {np.dtype(np.float32)}
     recorder.asked.clear()
     pipeline.sample([3, 3, 1], guidance=1.0, cache="none")
-    assert recorder.asked[1:] == [("full", output, 3)] * 6  # no null rows, no caches
+    image, slot = (3, *image[1:]), (3, *slot[1:])  # no null rows
+    outputs = {"output": image, "forecast": (0, *slot)}  # nothing is ahead
+    assert [asked[::2] for asked in recorder.asked[1:]] == [("full", outputs)] * 6
     assert recorder.opened == ["temporal", "full", "reuse"]  # each once for both requests
+
+
+def codes(values: NDArray[Any]) -> NDArray[Any]:
+    """The marks of arrays that are all alike along their last axis."""
+    assert (values == values[..., :1]).all()
+    found: NDArray[Any] = values[..., 0]
+    return found
+
+
+def test_full_steps_get_the_features_of_the_steps_that_read_them(other_bundle: Bundle) -> None:
+    """T=6, N=3: full at 0, 2 and 5, ahead of which lie 1, then 3 and 4, then nothing."""
+    recorder = Recorder(other_bundle.manifest.model.features)
+    Pipeline(other_bundle, backend=recorder).sample([3, 1])
+    rows = np.array([1, 0, 2, 2])  # of labels 1 and 3 and the null label
+    temporal, *steps = recorder.asked
+    assert temporal.feeds["class_labels"].tolist() == [1, 3, 5]
+    assert [asked.graph for asked in steps] == ["full", "reuse", "full", "reuse", "reuse", "full"]
+    for step, asked in enumerate(steps):
+        assert (codes(asked.feeds["features"]) == 10 * step + rows).all()
+    slots = len(other_bundle.manifest.model.slots)
+    wanted = {0: [(1, 1), (0, 0)], 2: [(3, 1), (4, 1)], 5: [(5, 0), (5, 0)]}
+    for step, ahead in wanted.items():
+        feeds = steps[step].feeds
+        assert feeds["weights"].tolist() == [[weight] * slots for _, weight in ahead]
+        found = codes(feeds["ahead"])
+        assert (found == [10 * later + rows for later, _ in ahead]).all()
+
+
+def test_reuse_steps_get_the_forecasts_that_are_theirs(other_bundle: Bundle) -> None:
+    """Step 1 that of the first full step, 3 and 4 the two of the second."""
+    recorder = Recorder(other_bundle.manifest.model.features)
+    pipeline = Pipeline(other_bundle, backend=recorder)
+    pipeline.sample([3, 1])
+    pipeline.sample([0, 4])
+    found = [np.unique(asked.feeds["forecast"]).tolist() for asked in recorder.of("reuse")]
+    assert found == [[100], [200], [201], [400], [500], [501]]
+
+
+class TwoBack(Pipeline):
+    """A pipeline whose reuse steps read two full steps: three of the newest minus the other."""
+
+    def plan(self, steps: int | None = None, cache: str | None = None) -> StepPlan:
+        """The usual full steps."""
+        full = super().plan(steps, cache).full
+        weights = np.zeros((len(full), 2, len(self.model.slots)), np.float32)
+        weights[~full] = [[3], [-1]]
+        return StepPlan(full=full, weights=weights)
+
+
+def test_forecasts_of_several_full_steps_add_up(other_bundle: Bundle) -> None:
+    """Full at 0, 2 and 5: steps 3 and 4 take parts that steps 0 and 2 made for them."""
+    recorder = Recorder(other_bundle.manifest.model.features)
+    TwoBack(other_bundle, backend=recorder).sample([3, 1])
+    weights = [asked.feeds["weights"][:, 0].tolist() for asked in recorder.of("full")]
+    assert weights == [[3, -1, -1], [3, 3, 0], [0, 0, 0]]
+    found = [np.unique(asked.feeds["forecast"]).tolist() for asked in recorder.of("reuse")]
+    assert found == [[100], [101 + 200], [102 + 201]]
+
+
+class Watched(OnnxRuntimeBackend):
+    """A backend that knows which of the sessions that it opened are still in memory."""
+
+    def __init__(self) -> None:
+        """One thread."""
+        super().__init__(Settings(threads=1))
+        self.sessions: list[tuple[str, weakref.ref[Session]]] = []
+        self.beside: list[tuple[str, list[str]]] = []  # each that was opened, and beside which
+
+    def alive(self) -> list[str]:
+        """Graphs in memory."""
+        gc.collect()
+        return [graph for graph, session in self.sessions if session() is not None]
+
+    def session(self, graph: GraphFile) -> Session:
+        """Load a graph."""
+        self.beside.append((graph.path.stem, self.alive()))
+        session = super().session(graph)
+        self.sessions.append((graph.path.stem, weakref.ref(session)))
+        return session
+
+
+@pytest.mark.parametrize("target", ["reference", "onnxruntime"])
+def test_low_memory_makes_the_same_samples(shared_bundle: Bundle, target: str) -> None:
+    """The temporal weights are gone before the steps' weights come; again for each request."""
+    usual, low = Watched(), Watched()
+    wanted = Pipeline(shared_bundle, backend=usual, target=target)
+    pipeline = Pipeline(shared_bundle, backend=low, target=target, low_memory=True)
+    during: list[list[str]] = []
+    for labels in ([1, 4], [2]):
+        found = pipeline.sample(labels, callback=lambda step: during.append(low.alive()))
+        np.testing.assert_array_equal(found, wanted.sample(labels))
+    assert [beside for _, beside in usual.beside] == [[], ["temporal"], ["temporal", "full"]]
+    steps = ["full", "reuse"]
+    first = [("temporal", []), ("full", []), ("reuse", ["full"])]
+    assert low.beside == [*first, ("temporal", steps)]
+    assert during == [["full"]] * 2 + [steps] * 10  # the third step is the first reuse step
+    del pipeline
+    assert not low.alive()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ditcast.bundle import Bundle
+from ditcast.cache import StepPlan
+from ditcast.cache.plan import hold
 from ditcast.calibrate import qparams, trajectory
 from ditcast.models import LoadedModel
 from ditcast.runtime import Pipeline
@@ -121,30 +123,34 @@ def test_ddpm_graphs_sample_as_diffusers(
 
 
 class Cached:
-    """A module that computes on request and repeats its last output otherwise."""
+    """A module that computes on request, and else gives a weighted sum of its last outputs."""
 
     computing = True
+    weights: Sequence[Sequence[float]] = [[1.0] * 4]  # (history, slots), newest first
 
-    def __init__(self, module: Any) -> None:
+    def __init__(self, module: Any, slot: int) -> None:
         """Wrap the module's forward."""
-        self.compute = module.forward
+        self.compute, self.slot = module.forward, slot
+        self.outputs: list[Tensor] = []
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
-        """Compute, or repeat."""
+        """Compute, or predict."""
         if Cached.computing:
-            self.output = self.compute(*arguments, **options)
-        return self.output
+            self.outputs.insert(0, self.compute(*arguments, **options))
+            return self.outputs[0]
+        pairs = zip(Cached.weights, self.outputs, strict=False)
+        return sum(weights[self.slot] * output for weights, output in pairs)
 
 
 @pytest.fixture
 def cached_model(tiny_dir: Path) -> Iterator[Any]:
-    """The tiny model, whose attention and MLP outputs can be held, before gates apply."""
+    """The tiny model, whose attention and MLP outputs can be predicted, before gates apply."""
     network = DiTTransformer2DModel.from_pretrained(tiny_dir / "transformer").eval()
-    for block in network.transformer_blocks:
-        for module in (block.attn1, block.ff):
-            module.forward = Cached(module)
+    modules = [m for block in network.transformer_blocks for m in (block.attn1, block.ff)]
+    for slot, module in enumerate(modules):
+        module.forward = Cached(module, slot)
     yield network
-    Cached.computing = True
+    Cached.computing, Cached.weights = True, [[1.0] * 4]
 
 
 def test_caching_is_fora_in_the_blocks_of_diffusers(
@@ -162,6 +168,53 @@ def test_caching_is_fora_in_the_blocks_of_diffusers(
     assert largest(pipeline.sample(LABELS, seed=SEED), wanted) < LIMIT
     assert largest(pipeline.sample(LABELS, seed=SEED, loop="graph"), wanted) < LIMIT
     assert largest(pipeline.sample(LABELS, seed=SEED, cache="none"), wanted) > LIMIT
+
+
+class Planned(Pipeline):
+    """A pipeline whose plan is made by hand."""
+
+    by_hand: StepPlan
+
+    def plan(self, steps: int | None = None, cache: str | None = None) -> StepPlan:
+        """That plan."""
+        return self.by_hand
+
+
+@pytest.mark.parametrize("history", [2, 3])
+def test_slots_are_predicted_of_several_full_steps(
+    cached_model: Any, tiny: LoadedModel, tiny_dir: Path, shared_bundle: Bundle, history: int
+) -> None:
+    """Each slot and step with its own weights; host loop and torch against diffusers' blocks."""
+    full = np.array([True, False, True, False, False, True, True, False, False])
+    rng = np.random.default_rng(history)
+    weights = rng.uniform(-1, 1, (len(full), history, 4)).astype(np.float32)
+    weights[full] = 0
+    plan = StepPlan(full=full, weights=weights)
+
+    def before_step(step: int) -> None:
+        Cached.computing, Cached.weights = bool(full[step]), weights[step].tolist()
+
+    scheduler = DDIMScheduler.from_pretrained(tiny_dir / "scheduler")
+    wanted = by_diffusers(cached_model, scheduler, len(full), 2.0, before_step)
+    pipeline = Planned(shared_bundle, target="reference")
+    pipeline.by_hand = plan
+    found = pipeline.sample(LABELS, seed=SEED, steps=len(full))
+    assert largest(found, wanted) < LIMIT
+    np.testing.assert_array_equal(pipeline.sample(LABELS, seed=SEED, steps=len(full)), found)
+    by_torch = trajectory.sample(
+        tiny.adapter,
+        from_config(tiny.scheduler),
+        sampler="ddim",
+        steps=len(full),
+        guidance=2.0,
+        seed=SEED,
+        indices=range(3),
+        labels=LABELS,
+        plan=plan,
+    )
+    assert largest(by_torch.numpy(), wanted) < LIMIT
+    pipeline.by_hand = hold(full, 4)
+    assert largest(pipeline.sample(LABELS, seed=SEED, steps=len(full)), wanted) > LIMIT
 
 
 def test_torch_follows_a_plan_too(tiny: LoadedModel, shared_bundle: Bundle) -> None:

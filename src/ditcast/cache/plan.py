@@ -36,13 +36,26 @@ class StepPlan:
         """NFC: the number of full steps."""
         return int(self.full.sum())
 
-    def feeds_reuse(self, step: int) -> bool:
-        """Whether the outputs of full step `step` are read by a later reuse step."""
-        starts = np.flatnonzero(self.full)
-        rank = int(np.searchsorted(starts, step))
-        last = rank + self.history
-        end = starts[last] if last < len(starts) else len(self.full)
-        return bool((~self.full[step:end]).any())
+    def ahead(self) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """What full steps sum up for later reuse steps: `(T, R)` steps, `(T, R, slots)` weights.
+
+        Row t holds the reuse steps that read full step t, and how much of each slot's output
+        each of them takes. R is the largest number of such steps; rows are filled up with step
+        t itself at weight zero, so that every full step of a plan has the same shape.
+        """
+        starts = [*np.flatnonzero(self.full).tolist(), len(self.full)]
+        reads: list[list[tuple[int, int]]] = [[] for _ in self.full]
+        for rank, start in enumerate(starts[:-1]):
+            for age, after in enumerate(starts[rank:-1][: self.history]):
+                end = starts[rank + age + 1]
+                reads[start] += [(step, age) for step in range(after + 1, end)]
+        widest = max(map(len, reads))
+        steps = np.arange(len(reads))[:, None].repeat(widest, axis=1)
+        weights = np.zeros((len(reads), widest, self.weights.shape[2]), np.float32)
+        for t, found in enumerate(reads):
+            for r, (step, age) in enumerate(found):
+                steps[t, r], weights[t, r] = step, self.weights[step, age]
+        return steps, weights
 
     def segments(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Starts and lengths of the runs "one full step, then its reuse steps", each `(S,)`."""

@@ -25,11 +25,11 @@ class Adapter(Protocol):
     num_classes: int
     slots: tuple[str, ...]  # in network order, such as `blocks.0.attn`
     temporal: nn.Module  # (timesteps [T] float32, class_labels [U]) -> features [T,U,F]
-    denoiser: nn.Module  # (sample [N,C,H,W], features [N,F]) -> (output, one Y per slot)
-
-    def reuse(self, history: int) -> nn.Module:
-        """(sample, features, weights [history,slots], caches newest first) -> output."""
-        ...
+    slot_shape: tuple[int, int]  # (S, D), tokens and width of a slot's output
+    # (sample [N,C,H,W], features [N,F], ahead [R,N,F], weights [R,slots])
+    # -> (output [N,C',H,W], forecast [R,N,S,D])
+    denoiser: nn.Module
+    reuse: nn.Module  # (sample, features, forecast [N,S,D]) -> output
 
     def linears(self) -> dict[str, nn.Linear]:
         """The denoiser's Linears by layer name, in network order: what can be quantized."""
@@ -70,6 +70,7 @@ def describe(model: LoadedModel, recipe: Recipe) -> Manifest:
             classes=model.classes,
             num_classes=adapter.num_classes,
             slots=adapter.slots,
+            slot_shape=adapter.slot_shape,
             features=model.features_size(),
             parameters=count(adapter.temporal, adapter.denoiser),
             temporal_parameters=count(adapter.temporal),

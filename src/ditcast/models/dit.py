@@ -2,6 +2,8 @@
 
 The network is taken apart at the timestep. Everything that depends only on (timestep, class)
 is the TIB and runs once per request; what remains sees it as one row of features per sample.
+The residual stream only ever adds gated slot outputs, and the gates of all steps are known, so
+a full step can sum up what later reuse steps add.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ditcast.errors import UnsupportedError
+from ditcast.models.operators import attention
 
 ACTIVATIONS = {"gelu": "none", "gelu-approximate": "tanh"}
 
@@ -73,11 +76,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, S, D) -> (N, S, D)."""
-        n, tokens, width = x.shape
-        qkv = self.qkv(x).reshape(n, tokens, 3, self.heads, width // self.heads)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (N, heads, S, D/heads)
-        mixed = functional.scaled_dot_product_attention(query, key, value)
-        projected: Tensor = self.proj(mixed.transpose(1, 2).reshape(n, tokens, width))
+        query, key, value = self.qkv(x).chunk(3, dim=-1)
+        projected: Tensor = self.proj(attention(query, key, value, self.heads))
         return projected
 
 
@@ -128,7 +128,7 @@ class FinalLayer(nn.Module):
 
 
 class Denoiser(nn.Module):
-    """A full step: every slot is computed; emits the output and each slot's un-gated Y."""
+    """A full step: every slot is computed, and what later reuse steps add to their stream."""
 
     def __init__(self, model: DiTTransformer2DModel) -> None:
         """Share the parameters of `model` (q, k, v are copied into one Linear)."""
@@ -140,46 +140,56 @@ class Denoiser(nn.Module):
         self.final = FinalLayer(model)
         self.width = model.inner_dim
 
-    def split(self, features: Tensor) -> tuple[Tensor, ...]:
-        """(N, F) -> six (N, D) per block, then the final shift and scale."""
-        parts: tuple[Tensor, ...] = features.split(self.width, dim=-1)
-        return parts
+    def forward(
+        self, sample: Tensor, features: Tensor, ahead: Tensor, weights: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Output (N, C', H, W) and forecast (R, N, S, D) of a sample (N, C, H, W).
 
-    def forward(self, sample: Tensor, features: Tensor) -> tuple[Tensor, ...]:
-        """(N, C, H, W), (N, F) -> output (N, C', H, W), then one (N, S, D) per slot."""
-        parts = self.split(features)
+        `features` (N, F) are those of this step; `ahead` (R, N, F) those of R later reuse
+        steps, and `weights` (R, slots) how much of each slot's output Y each of them takes:
+        `forecast[r] = sum_k weights[r, k] * gate_k(ahead[r]) * Y_k`. It is summed up while Y is
+        at hand, because a Y that is written down and read again costs more than it is worth.
+        """
+        parts: tuple[Tensor, ...] = features.split(self.width, dim=-1)
+        gates = self._gates(ahead, weights)
         h = self.patch_embed(sample)  # (N, S, D)
-        slots = []
+        forecast = None
         for i, block in enumerate(self.blocks):
             for j, (norm, module) in enumerate(
                 ((block.norm1, block.attn), (block.norm2, block.mlp))
             ):
                 shift, scale, gate = parts[6 * i + 3 * j : 6 * i + 3 * j + 3]
-                slots.append(module(norm(h) * (1 + scale[:, None]) + shift[:, None]))
-                h = h + gate[:, None] * slots[-1]
-        return (self.final(h, *parts[-2:]), *slots)
+                y = module(norm(h) * (1 + scale[:, None]) + shift[:, None])
+                h = h + gate[:, None] * y
+                part = gates[2 * i + j] * y
+                forecast = part if forecast is None else forecast + part
+        assert forecast is not None  # a model has blocks
+        return self.final(h, *parts[-2:]), forecast
+
+    def _gates(self, ahead: Tensor, weights: Tensor) -> tuple[Tensor, ...]:
+        """The weighted gate of every slot at the steps ahead, one (R, N, 1, D) per slot."""
+        slots = 2 * len(self.blocks)
+        steps, rows, _ = ahead.shape
+        triples = ahead[..., : 3 * slots * self.width]
+        gates = triples.reshape(steps, rows, slots, 3, self.width)[..., 2, :]
+        scaled = gates * weights[:, None, :, None]
+        found: tuple[Tensor, ...] = scaled.split(1, dim=2)
+        return found
 
 
 class Reuse(nn.Module):
-    """A reuse step: every slot is a weighted sum of its last `history` outputs."""
+    """A reuse step: the stream takes the forecast in place of the blocks."""
 
-    def __init__(self, denoiser: Denoiser, history: int) -> None:
+    def __init__(self, denoiser: Denoiser) -> None:
         """Share the embedding and the final layer of `denoiser`."""
         super().__init__()
         self.patch_embed, self.final = denoiser.patch_embed, denoiser.final
-        self.split = denoiser.split
-        self.history = history
+        self.width = denoiser.width
 
-    def forward(self, sample: Tensor, features: Tensor, weights: Tensor, *caches: Tensor) -> Tensor:
-        """Like a full step, with `weights` (history, slots) and caches, newest step first."""
-        parts = self.split(features)
-        slots = len(caches) // self.history
-        h = self.patch_embed(sample)
-        for k in range(slots):
-            gate = parts[3 * k + 2]
-            for i in range(self.history):
-                h = h + (weights[i, k] * gate)[:, None] * caches[i * slots + k]
-        output: Tensor = self.final(h, *parts[-2:])
+    def forward(self, sample: Tensor, features: Tensor, forecast: Tensor) -> Tensor:
+        """(N, C, H, W), (N, F), (N, S, D) -> output (N, C', H, W)."""
+        shift, scale = features[:, -2 * self.width :].split(self.width, dim=-1)
+        output: Tensor = self.final(self.patch_embed(sample) + forecast, shift, scale)
         return output
 
 
@@ -208,12 +218,10 @@ class DiTAdapter:
         names = [(f"blocks.{i}.attn", f"blocks.{i}.mlp") for i in range(config.num_layers)]
         self.slots = tuple(name for pair in names for name in pair)
         self.temporal: nn.Module = TemporalFeatures(model).eval()
-        self.denoiser: nn.Module = Denoiser(model).eval().requires_grad_(False)
-
-    def reuse(self, history: int) -> nn.Module:
-        """The reuse step that looks `history` full steps back."""
-        assert isinstance(self.denoiser, Denoiser)
-        return Reuse(self.denoiser, history).eval()
+        denoiser = Denoiser(model).eval().requires_grad_(False)
+        self.denoiser: nn.Module = denoiser
+        self.reuse: nn.Module = Reuse(denoiser).eval()
+        self.slot_shape = ((size // config.patch_size) ** 2, model.inner_dim)
 
     def linears(self) -> dict[str, nn.Linear]:
         """The Linears of the blocks and of the final layer."""

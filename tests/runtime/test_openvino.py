@@ -1,0 +1,93 @@
+"""The OpenVINO backend: the same pictures from the same integers, and a second start."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ditcast.bundle import Bundle
+from ditcast.errors import ConfigError, MissingDependencyError, UnsupportedError
+from ditcast.runtime import Pipeline
+from ditcast.runtime.audit import audit
+from ditcast.runtime.backends import GraphFile, graph_file, make_backend
+from ditcast.runtime.backends.openvino import OpenVinoBackend
+from ditcast.settings import Settings
+
+LABELS = [0, 3, 4]
+
+
+@pytest.fixture(scope="module")
+def backend() -> OpenVinoBackend:
+    found = make_backend("openvino")
+    assert isinstance(found, OpenVinoBackend)
+    return found
+
+
+def db(found: np.ndarray, wanted: np.ndarray) -> float:
+    """PSNR over the range."""
+    return float(-10 * np.log10(np.square(found - wanted).mean() / np.ptp(wanted) ** 2))
+
+
+@pytest.mark.parametrize("cache", ["none", "fora"])
+def test_samples_are_those_of_onnx_runtime(
+    narrow_bundle: Bundle, backend: OpenVinoBackend, cache: str
+) -> None:
+    """The float parts may be in bfloat16, so not to the last bit."""
+    wanted = Pipeline(narrow_bundle).sample(LABELS, cache=cache)
+    found = Pipeline(narrow_bundle, backend=backend).sample(LABELS, cache=cache)
+    assert db(found, wanted) > 40
+
+
+def test_a_float_graph_is_in_full_precision(
+    narrow_bundle: Bundle, backend: OpenVinoBackend
+) -> None:
+    wanted = Pipeline(narrow_bundle, target="reference").sample(LABELS)
+    found = Pipeline(narrow_bundle, backend=backend, target="reference").sample(LABELS)
+    assert db(found, wanted) > 80
+
+
+def test_every_layer_runs_in_integers(narrow_bundle: Bundle, backend: OpenVinoBackend) -> None:
+    found = audit(narrow_bundle, backend)
+    assert len(found.layers) == 8
+    assert found.passed
+    assert set(found.rates) == {0, 7, 8}
+    assert "/" in found.layers[0].kernel
+
+
+def test_a_second_start_reads_what_the_first_compiled(
+    narrow_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Same samples; and a blob that cannot be read is said and compiled again."""
+    monkeypatch.setenv("DITCAST_CACHE", str(tmp_path))
+    first = Pipeline(narrow_bundle, backend="openvino").sample(LABELS)
+    (blob,) = tmp_path.rglob("graph.blob")
+    assert np.array_equal(Pipeline(narrow_bundle, backend="openvino").sample(LABELS), first)
+    blob.write_bytes(b"x" * blob.stat().st_size)
+    assert np.array_equal(Pipeline(narrow_bundle, backend="openvino").sample(LABELS), first)
+
+
+def test_saturating_products_of_wide_weights_are_refused(
+    narrow_bundle: Bundle, backend: OpenVinoBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backend, "exact", False)
+    file = graph_file(narrow_bundle, "openvino", "full")
+    assert file.weight_bits == 7
+    backend.session(file)
+    wide = GraphFile(path=file.path, weight_bits=8)
+    with pytest.raises(UnsupportedError, match="products saturate on this CPU, and weights of 8"):
+        backend.session(wide)
+
+
+def test_the_graph_loop_is_refused(narrow_bundle: Bundle, backend: OpenVinoBackend) -> None:
+    pipeline = Pipeline(narrow_bundle, backend=backend)
+    with pytest.raises(ConfigError, match="use --loop host, or --backend onnxruntime"):
+        pipeline.sample(LABELS, loop="graph")
+
+
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "openvino", None)
+    monkeypatch.delitem(__import__("sys").modules, "ditcast.runtime.backends.openvino")
+    with pytest.raises(MissingDependencyError, match=r"pip install 'ditcast\[openvino\]'"):
+        make_backend("openvino", Settings())
