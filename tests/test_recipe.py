@@ -65,7 +65,7 @@ def test_rules_of_a_scheme_and_of_a_recipe() -> None:
         ({"guidance": float("inf")}, "guidance: got inf"),
         (
             {"scheme": "none", "rules": [{"pattern": "*", "precision": "int8"}]},
-            "rules: got int8 under scheme none; expected scheme w8a8 with them",
+            "rules: got a quantized layer under scheme none; expected scheme w8a8",
         ),
         ({"percentile": 101}, "percentile: got 101"),
         ({"seed": -1}, "seed: got -1"),

@@ -75,6 +75,19 @@ class OnnxRuntimeSession:
         return Path(self._session.end_profiling())
 
 
+def in_place(graph: GraphFile, threads: int) -> OnnxRuntimeSession:
+    """A float graph whose weights are read where they lie in the file, without packing them.
+
+    It loads in no time and takes no memory of its own; its threads sleep when it is done.
+    """
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    return OnnxRuntimeSession(graph, graph.path, options)
+
+
 class OnnxRuntimeBackend:
     """`Backend` over ONNX Runtime's CPU execution provider."""
 
@@ -124,11 +137,10 @@ class OnnxRuntimeBackend:
         A quantized one is kept as ONNX Runtime optimized it: that takes most of its loading. A
         float graph would only be copied, its weights are mapped from the bundle.
         """
+        if graph.once:
+            return in_place(graph, self.threads)
         if not graph.identity or not graph.weight_bits:
-            options = self._options()
-            if graph.once:
-                options.add_session_config_entry("session.disable_prepacking", "1")
-            return OnnxRuntimeSession(graph, graph.path, options)
+            return OnnxRuntimeSession(graph, graph.path, self._options())
         label = f"backend onnxruntime: {graph.path.name}"
         kept = self._cache.find(graph.identity, label)
         if kept is not None:

@@ -15,6 +15,7 @@ from ditcast.errors import UnsupportedError
 from ditcast.progress import say
 from ditcast.runtime.backends.base import Arrays, GraphFile, NodeTime, Session, failure
 from ditcast.runtime.backends.loadcache import LoadCache, machine_facts
+from ditcast.runtime.backends.onnxruntime import in_place
 from ditcast.settings import Settings
 
 DEVICE = "CPU"
@@ -150,7 +151,7 @@ class OpenVinoBackend:
         self.exact = bool((found == 255 * 127 * 64).all())
 
     def session(self, graph: GraphFile) -> Session:
-        """Load a graph.
+        """Load a graph; one that runs once per request into ONNX Runtime, which need not pack it.
 
         Raises:
             UnsupportedError: 8-bit weights on a CPU whose integer kernels saturate.
@@ -161,7 +162,7 @@ class OpenVinoBackend:
                 f"{graph.weight_bits} bits would give wrong images; compile with --scheme w7a8, "
                 "or use --backend onnxruntime"
             )
-        return OpenVinoSession(self, graph)
+        return in_place(graph, self.threads) if graph.once else OpenVinoSession(self, graph)
 
     def compile(self, model: Any, graph: GraphFile, variant: str, profiled: bool) -> Any:
         """Compile a graph of fixed shapes; a quantized one is kept for the next start.

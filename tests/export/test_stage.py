@@ -124,7 +124,7 @@ def test_a_graph_that_differs_is_not_kept(
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize(
     "mistake",
-    [{"null_label": 0}, {"clip": 0.5}, {"table": np.ones((2, 6), np.float32)}],
+    [{"null_label": 0}, {"clip": 0.5}, {"table": np.ones((6, 6), np.float32)}],
     ids=lambda mistake: next(iter(mistake)),
 )
 def test_a_graph_loop_that_differs_is_not_kept(
@@ -133,7 +133,7 @@ def test_a_graph_loop_that_differs_is_not_kept(
     monkeypatch: pytest.MonkeyPatch,
     mistake: dict[str, Any],
 ) -> None:
-    """Its first two steps, one full and one that follows, are compared with torch as well."""
+    """Its first steps, up to a reuse step, are compared with torch as well."""
 
     def wrong(spec: LoopSpec) -> onnx.ModelProto:
         return sampler_graph(dataclasses.replace(spec, **mistake))
