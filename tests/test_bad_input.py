@@ -248,16 +248,6 @@ REQUESTS: dict[str, Case] = {
         (*SAMPLE, 1, "--target", "gpu"),
         "target 'gpu'; it has targets onn",
     ),
-    "an unknown target to export": (
-        nothing,
-        ("export", "b", "--target", "gpu"),
-        "target: unknown 'gpu'; expected one of reference, onnxruntime, openvino",
-    ),
-    "a bundle without the backend's target": (
-        nothing,
-        (*SAMPLE, 1, "--backend", "openvino"),
-        "no graph 'temporal' for target 'openvino'; it has targets onnxruntime, reference",
-    ),
     "an unknown backend": (
         nothing,
         (*SAMPLE, 1, "--backend", "gpu"),

@@ -96,3 +96,27 @@ def test_samples_by_auto(cli: Cli, narrow_bundle: Bundle, tmp_path: Path) -> Non
     assert found.code == 0
     assert "ditcast: backend auto: " in found.err
     assert target.is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ("sample", "-o", "out.npy", "--labels", 1, "--backend", "openvino"),
+            "no graph 'temporal' for target 'openvino'; it has targets onnxruntime, reference",
+        ),
+        (
+            ("export", "--target", "gpu"),
+            "target: unknown 'gpu'; expected one of reference, onnxruntime, openvino",
+        ),
+        (("audit", "--backend", "gpu"), "expected one of onnxruntime, openvino, auto"),
+    ],
+)
+def test_mistakes_are_one_line(
+    cli: Cli, bundle: Bundle, arguments: tuple[object, ...], message: str
+) -> None:
+    command, *rest = arguments
+    found = cli(command, bundle.path, *rest)
+    assert found.code == 2
+    assert message in found.err
+    assert found.err.count("\n") == 1
