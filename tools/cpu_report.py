@@ -109,7 +109,7 @@ def show(report: dict[str, Any]) -> None:
     )
     if not {"avx512_vnni", "avx_vnni", "amx_int8"} & {*flags}:
         say("this CPU has neither VNNI nor AMX: int8 may not pay, and u8 x s8 kernels saturate")
-    console = Console(width=None if Console().is_terminal else 160)
+    console = Console(width=None if Console().is_terminal else 170)
     for table in (_rows(report), _fewer(report), _ratios(report)):
         if table.row_count:
             console.print(table)
@@ -123,7 +123,7 @@ def _rows(report: dict[str, Any]) -> Table:
     """One row per rival."""
     rows = report["rows"]
     computed = all(row["image_ms_from"] == "steps" for row in rows)
-    note = "computed from steps" if computed else "* computed from steps"
+    note = "computed\nfrom steps" if computed else "* computed\nfrom steps"
     table = Table(
         Column("rival", no_wrap=True),
         "full step ms",
@@ -177,7 +177,9 @@ def _title(row: Row) -> str:
 def _spread(found: dict[str, float] | None) -> str:
     if found is None:
         return ""
-    return "{p50:.4g} ({p10:.3g}–{p90:.3g})".format(**found)
+    digits = 0 if found["p50"] >= 100 else 1
+    low, middle, high = (f"{found[q]:.{digits}f}" for q in ("p10", "p50", "p90"))
+    return f"{middle} ({low}–{high})"
 
 
 def check_plot(path: Path | None) -> None:
