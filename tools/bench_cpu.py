@@ -159,24 +159,27 @@ def measure_images(stage: Stage, found: dict[str, Found], count: int) -> None:
 
 
 def measure_fewer(
-    stage: Stage, found: dict[str, Found], budget_ms: float, count: int
+    stage: Stage, found: dict[str, Found], rows: list[dict[str, Any]], count: int
 ) -> list[dict[str, Any]]:
-    """Full precision and the strongest peer with as many steps as fit into `budget_ms` a batch.
+    """Full precision and the strongest peer with as many steps as the best cached row has time for.
 
-    Where images are made, each has the timestep spacing that is best on the first batch.
+    All times are those of images, from the same minutes. Where images are made, each rival has
+    the timestep spacing that is best on the first batch.
     """
-    job, rows = stage.job, []
-    for name in (FULL, NNCF):
-        if name not in found:
+    cached = [row for row in rows if row["facts"].get("cache", "none") != "none"]
+    fewer = []
+    for row in rows if cached else ():
+        name, whole = row["name"], row["steps"]
+        if name not in (FULL, NNCF):
             continue
-        steps = min(job.recipe.steps, round(budget_ms / median(found[name].ms["full"])))
-        row: dict[str, Any] = {"name": name, "steps": steps, "spacing": None, "psnr_db": None}
-        rows.append(row)
-        if not count or not steps:
-            continue
-        wanted = found[FULL].samples
-        row |= stage.turn(name, partial(_best_spacing, steps=steps, wanted=wanted))
-    return rows
+        ratio = min(c["image_ms"]["p50"] for c in cached) / row["image_ms"]["p50"]
+        steps = min(whole, round(whole * ratio))
+        one: dict[str, Any] = {"name": name, "steps": steps, "spacing": None, "psnr_db": None}
+        if count and steps:
+            wanted = found[FULL].samples
+            one |= stage.turn(name, partial(_best_spacing, steps=steps, wanted=wanted))
+        fewer.append(one)
+    return fewer
 
 
 def _best_spacing(rival: Stepper, *, steps: int, wanted: list[Samples]) -> dict[str, Any]:
@@ -258,11 +261,7 @@ def measure(job: Job, wanted: str | None, rounds: int, count: int) -> dict[str, 
     if count:
         measure_images(stage, found, count)
     rows = [make_row(job, name, entries[name].title, found) for name in found]
-    cached = [row for row in rows if row["facts"].get("cache", "none") != "none"]
-    fewer = []
-    if cached:
-        best = min(cached, key=lambda row: float(row["image_ms"]["p50"]))
-        fewer = measure_fewer(stage, found, best["image_ms"]["p50"] * job.batch, count)
+    fewer = measure_fewer(stage, found, rows, count)
     stage.clear()
     loops = measure_loops(job, {name: entries[name] for name in found}, rounds)
     facts = machine.describe()
