@@ -96,8 +96,9 @@ def bench(
     values; the images that the page shows are under `"shown"` as `(n, C, H, W)` arrays.
     """
     recipe, model = bundle.manifest.recipe, bundle.manifest.model
+    settings = settings or Settings()
     steps = recipe.steps if steps is None else steps
-    variants = _variants(bundle, backend, settings or Settings(), steps)
+    variants = _variants(bundle, backend, settings, steps)
     labels = [i % model.num_classes for i in range(count)]
     batches = [labels[i : i + recipe.batch] for i in range(0, count, recipe.batch)]
     for variant in variants:
@@ -113,7 +114,7 @@ def bench(
     reference = variants[0]
     rows = [_row(variant, reference, bundle) for variant in variants]
     for row, variant in zip(rows, variants, strict=True):
-        row["peak_memory_mib"] = _peak_memory_mib(bundle, variant, settings or Settings())
+        row["peak_memory_mib"] = _peak_memory_mib(bundle, variant, settings)
     return {
         "machine": machine.describe(),
         "backend": variants[0].pipeline.backend.facts(),

@@ -47,6 +47,11 @@ def _cpu() -> dict[str, str]:
     return {key.strip(): value.strip() for key, value in lines.items()}
 
 
+def cpu_name() -> str:
+    """What the processor calls itself."""
+    return _cpu().get("model name", platform.processor())
+
+
 def cpu_flags() -> list[str]:
     """The vector extensions that decide how fast integers and floats are multiplied."""
     flags = _cpu().get("flags", "").split()
@@ -65,7 +70,7 @@ def versions(packages: Iterable[str]) -> dict[str, str]:
 def describe() -> dict[str, Any]:
     """Processor, cores, memory, operating system, versions and date."""
     return {
-        "cpu": _cpu().get("model name", platform.processor()),
+        "cpu": cpu_name(),
         "cpu_flags": cpu_flags(),
         "cores": cores(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),

@@ -30,8 +30,7 @@ def folder() -> Path:
 
 def machine_facts(**more: str) -> dict[str, str]:
     """What a compiled graph depends on beside the graph: processor, and `more`."""
-    found = machine.describe()
-    return {"cpu": found["cpu"], "flags": " ".join(found["cpu_flags"])} | more
+    return {"cpu": machine.cpu_name(), "flags": " ".join(machine.cpu_flags())} | more
 
 
 class LoadCache:

@@ -75,16 +75,23 @@ class OnnxRuntimeSession:
         return Path(self._session.end_profiling())
 
 
+def session_options(threads: int, spin: bool) -> onnxruntime.SessionOptions:
+    """What every session is opened with."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    if not spin:
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    return options
+
+
 def in_place(graph: GraphFile, threads: int) -> OnnxRuntimeSession:
     """A float graph whose weights are read where they lie in the file, without packing them.
 
     It loads in no time and takes no memory of its own; its threads sleep when it is done.
     """
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 3
+    options = session_options(threads, spin=False)
     options.add_session_config_entry("session.disable_prepacking", "1")
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     return OnnxRuntimeSession(graph, graph.path, options)
 
 
@@ -116,11 +123,7 @@ class OnnxRuntimeBackend:
         self._cache = LoadCache(self.name, facts)
 
     def _options(self) -> onnxruntime.SessionOptions:
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = self.threads
-        options.log_severity_level = 3
-        if not self.spin:
-            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options = session_options(self.threads, self.spin)
         if self.precise:
             options.add_session_config_entry(*PRECISE)
         return options

@@ -72,7 +72,7 @@ def compile_command(
     _calibrate(bundle, loaded)
     _export(bundle, loaded, targets, backend)
     del loaded  # a large model and its graphs do not fit in memory together
-    _, passed = _audit(bundle, backend, settings, "host")
+    passed = _audit(bundle, backend, settings, "host").passed
     _bench(
         bundle,
         backend=backend,
@@ -236,9 +236,9 @@ def audit(
 
     It also checks that the golden step of the export comes out on this machine.
     """
-    found, passed = _audit(Bundle.open(bundle), backend, settings, loop, json_file)
+    found = _audit(Bundle.open(bundle), backend, settings, loop, json_file)
     show(audit_rows(found), right=3)
-    if not passed:
+    if not found.passed:
         raise click.exceptions.Exit(1)
 
 
@@ -319,8 +319,8 @@ def _export(bundle: Bundle, loaded: LoadedModel, targets: tuple[str, ...], backe
 
 def _audit(
     bundle: Bundle, backend: str, settings: Settings, loop: str, json_file: Path | None = None
-) -> tuple[Audit, bool]:
-    """Audit, warn where integers may not pay; whether every quantized layer is in integers."""
+) -> Audit:
+    """Audit, say the verdict, and warn where integers may not pay."""
     from ditcast.runtime.audit import audit
     from ditcast.runtime.choice import open_backend
 
@@ -329,7 +329,7 @@ def _audit(
     warn_of_slow_integers(found)
     for line in audit_lines(found):
         click.echo(line)
-    return found, found.passed
+    return found
 
 
 def _bench(
