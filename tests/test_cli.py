@@ -19,6 +19,7 @@ from ditcast.errors import ParityError
 from ditcast.options import join_labels, parse_labels
 from ditcast.recipe import Recipe
 from ditcast.runtime import Pipeline, bench
+from ditcast.settings import Settings
 from tests import bundles
 from tests.conftest import RECIPE, Cli, Run
 
@@ -106,6 +107,29 @@ def test_requests_of_sample(
     """Each option is what the pipeline has under the same name."""
     found = sampled(cli, shared_bundle, tmp_path, "--labels", 2, *arguments)
     np.testing.assert_array_equal(found, pipeline.sample([2], **request_))
+
+
+def test_options_that_change_no_picture_arrive(
+    cli: Cli, shared_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """How the machine is used, as the pipeline is told."""
+    told: list[dict[str, Any]] = []
+
+    class Watched(Pipeline):
+        def __init__(self, bundle: Any, **options: Any) -> None:
+            told.append(options)
+            super().__init__(bundle, **options)
+
+    monkeypatch.setattr("ditcast.runtime.Pipeline", Watched)
+    sampled(
+        cli, shared_bundle, tmp_path, "--labels", 1, "--no-spin", "--low-memory", "--threads", 1
+    )
+    sampled(cli, shared_bundle, tmp_path, "--labels", 1)
+    assert [options["low_memory"] for options in told] == [True, False]
+    assert [options["settings"] for options in told] == [
+        Settings(threads=1, spin=False),
+        Settings(),
+    ]
 
 
 def test_many_labels_go_in_batches_of_the_recipe(

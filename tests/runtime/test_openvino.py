@@ -12,6 +12,7 @@ from ditcast.errors import ConfigError, MissingDependencyError, UnsupportedError
 from ditcast.runtime import Pipeline
 from ditcast.runtime.audit import audit
 from ditcast.runtime.backends import GraphFile, graph_file, make_backend
+from ditcast.runtime.backends.onnxruntime import OnnxRuntimeSession
 from ditcast.runtime.backends.openvino import OpenVinoBackend
 from ditcast.settings import Settings
 
@@ -57,15 +58,28 @@ def test_every_layer_runs_in_integers(narrow_bundle: Bundle, backend: OpenVinoBa
 
 
 def test_a_second_start_reads_what_the_first_compiled(
-    narrow_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    narrow_bundle: Bundle,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Same samples; and a blob that cannot be read is said and compiled again."""
     monkeypatch.setenv("DITCAST_CACHE", str(tmp_path))
     first = Pipeline(narrow_bundle, backend="openvino").sample(LABELS)
     (blob,) = tmp_path.rglob("graph.blob")
+    made = blob.stat().st_mtime_ns
     assert np.array_equal(Pipeline(narrow_bundle, backend="openvino").sample(LABELS), first)
+    assert blob.stat().st_mtime_ns == made
     blob.write_bytes(b"x" * blob.stat().st_size)
     assert np.array_equal(Pipeline(narrow_bundle, backend="openvino").sample(LABELS), first)
+    assert "cannot be read" in capsys.readouterr().err
+    assert blob.read_bytes()[:1] != b"x"
+
+
+def test_what_runs_once_is_read_in_place(narrow_bundle: Bundle, backend: OpenVinoBackend) -> None:
+    """OpenVINO would pack a copy of the temporal weights at every start."""
+    found = backend.session(graph_file(narrow_bundle, "openvino", "temporal"))
+    assert isinstance(found, OnnxRuntimeSession)
 
 
 def test_saturating_products_of_wide_weights_are_refused(

@@ -15,9 +15,11 @@ from ditcast.errors import BundleError
 from ditcast.runtime import Pipeline
 from ditcast.runtime.backends import GraphFile, graph_file, make_backend
 from ditcast.runtime.backends.base import failure
+from ditcast.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from ditcast.settings import Settings
 
 LABELS = [1, 2]
+SPINNING = "session.intra_op.allow_spinning"
 
 
 @pytest.fixture(autouse=True)
@@ -60,6 +62,9 @@ def test_threads_that_do_not_spin_compute_the_same(shared_bundle: Bundle) -> Non
     pipeline = Pipeline(shared_bundle, settings=settings)
     assert np.array_equal(pipeline.sample(LABELS), wanted)
     assert pipeline.backend.facts()["spin"] is False
+    assert isinstance(pipeline.backend, OnnxRuntimeBackend)
+    entry = pipeline.backend._options().get_session_config_entry(SPINNING)
+    assert entry == "0"
 
 
 @pytest.mark.parametrize(
