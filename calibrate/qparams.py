@@ -1,36 +1,86 @@
-"""The scales of a quantized denoiser, and the simulation of what they do."""
+"""What calibration found: scales, roundings, factors and stored features, in one file."""
 
 from __future__ import annotations
 
-import contextlib
 import fnmatch
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ditcast import tensors
-from ditcast.calibrate.ranges import fake_quantize, weight_codes
 from ditcast.errors import ConfigError
-from ditcast.recipe import Rule
+from ditcast.recipe import Bits, Rule
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LayerScales:
-    """One quantized Linear: `activation` per tensor, `weight` (O,) per output channel.
+    """One quantized Linear (O, I).
 
-    `bits` are those of its weight; activations have 8.
+    `weight` is (O,) per output channel, or (O, G) per group of inputs. `rounding` (O, I) bool
+    says which weights are rounded up (AdaRound); None is to the nearest. `activation` is the
+    input's scale, () or one per bin (B,); `zero_point` its codes of zero, in the signed range;
+    both are None where the input stays in float.
     """
 
-    activation: float
+    bits: Bits
     weight: Tensor
+    rounding: Tensor | None = None
+    activation: Tensor | None = None
+    zero_point: Tensor | None = None
+
+    @property
+    def stepwise(self) -> bool:
+        """Whether the input has one scale per bin of timesteps."""
+        return self.activation is not None and self.activation.dim() > 0
+
+
+class OutputScales(NamedTuple):
+    """Of the TIB's outputs: scale and zero point (B, V) per bin and vector, and their bits."""
+
+    scale: Tensor
+    zero_point: Tensor
     bits: int
 
 
-QParams = dict[str, LayerScales]
+@dataclass(frozen=True, kw_only=True, eq=False)
+class StoredFeatures:
+    """Temporal features of T timesteps and L labels as codes: cache-based maintenance.
+
+    `codes` (T, L, F) are int8, or int16 where activations are float; `scale` and `zero_point`
+    (T, L, V) hold one pair per (step, label, vector). `module` (T, P) says where the quantized
+    TIB is used instead (disturbance-aware selection); None where it is nowhere.
+    """
+
+    timesteps: Tensor
+    labels: Tensor
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor
+    module: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class QParams:
+    """Everything that the quantized model is made of, besides the model.
+
+    `edges` (B - 1,) are the ascending bounds of the bins over the timestep. `balance` maps a
+    layer to the factors (I,) of its input, by which its weight is divided.
+    """
+
+    layers: dict[str, LayerScales] = field(default_factory=dict)
+    edges: Tensor = field(default_factory=lambda: torch.zeros(0))
+    balance: dict[str, Tensor] = field(default_factory=dict)
+    outputs: OutputScales | None = None
+    stored: StoredFeatures | None = None
+
+    def __bool__(self) -> bool:
+        """Whether anything is quantized."""
+        return bool(self.layers)
 
 
 def select(names: Sequence[str], rules: Sequence[Rule]) -> dict[str, str]:
@@ -62,60 +112,70 @@ def select(names: Sequence[str], rules: Sequence[Rule]) -> dict[str, str]:
 
 def _summary(names: Sequence[str]) -> str:
     """The first block's layers and the rest, so that the line stays readable."""
-    first = [name for name in names if not name.startswith("blocks.") or ".0." in name]
-    return ", ".join(first)
+    numbers = {name: [part for part in name.split(".") if part.isdecimal()] for name in names}
+    return ", ".join(name for name in names if set(numbers[name]) <= {"0"})
+
+
+# Sections of the file are `layers|NAME|field`, `balance|NAME`, `outputs|field`, `stored|field`.
+_LAYER = ("weight", "activation", "zero_point")
+_STORED = ("timesteps", "labels", "codes", "scale", "zero_point", "module")
 
 
 def save(qparams: QParams, path: Path) -> None:
-    """Write the scales as safetensors; equal scales give equal bytes."""
-    found = {}
-    for name, scales in qparams.items():
-        found[f"{name}.activation_scale"] = np.array(scales.activation, np.float32)
-        found[f"{name}.weight_scale"] = scales.weight.numpy()
-        found[f"{name}.weight_bits"] = np.array(scales.bits, np.int32)
-    tensors.save(found, path)
+    """Write as safetensors; equal values give equal bytes."""
+    found: dict[str, Any] = {"edges": qparams.edges.numpy()}
+    for name, layer in qparams.layers.items():
+        found[f"layers|{name}|bits"] = np.array(layer.bits, np.int32)
+        if layer.rounding is not None:  # an eighth of a byte per weight
+            packed = np.packbits(layer.rounding.numpy(), axis=1)
+            found[f"layers|{name}|rounding"] = packed
+            found[f"layers|{name}|inputs"] = np.array(layer.rounding.shape[1], np.int32)
+        for key in _LAYER:
+            if getattr(layer, key) is not None:
+                found[f"layers|{name}|{key}"] = getattr(layer, key).numpy()
+    for name, factor in qparams.balance.items():
+        found[f"balance|{name}"] = factor.numpy()
+    if qparams.outputs is not None:
+        found["outputs|scale"] = qparams.outputs.scale.numpy()
+        found["outputs|zero_point"] = qparams.outputs.zero_point.numpy()
+        found["outputs|bits"] = np.array(qparams.outputs.bits, np.int32)
+    if qparams.stored is not None:
+        for key in _STORED:
+            if getattr(qparams.stored, key) is not None:
+                found[f"stored|{key}"] = getattr(qparams.stored, key).numpy()
+    tensors.save({key: np.array(value, order="C") for key, value in found.items()}, path)
 
 
 def load(path: Path) -> QParams:
     """Read what `save` wrote."""
-    found, _ = tensors.load(path)
-    names = [key.removesuffix(".weight_scale") for key in found if key.endswith(".weight_scale")]
-    return {
-        name: LayerScales(
-            activation=float(found[f"{name}.activation_scale"]),
-            weight=torch.from_numpy(found[f"{name}.weight_scale"]),
-            bits=int(found[f"{name}.weight_bits"]),
-        )
-        for name in names
-    }
+    arrays, _ = tensors.load(path)
+    found = {key: torch.from_numpy(array) for key, array in arrays.items()}
+    names = [key.split("|")[1] for key in found if key.endswith("|weight")]
+    stored = {key: found.get(f"stored|{key}") for key in _STORED}
+    outputs = [found[key] for key in ("outputs|scale", "outputs|zero_point") if key in found]
+    return QParams(
+        layers={name: _layer(found, f"layers|{name}|") for name in names},
+        edges=found["edges"],
+        balance={key.split("|")[1]: t for key, t in found.items() if key.startswith("balance|")},
+        outputs=OutputScales(outputs[0], outputs[1], int(found["outputs|bits"]))
+        if outputs
+        else None,
+        stored=StoredFeatures(**stored) if stored["codes"] is not None else None,  # type: ignore[arg-type]
+    )
 
 
-@contextlib.contextmanager
-def quantized(linears: dict[str, nn.Linear], qparams: QParams) -> Iterator[None]:
-    """While active, the named Linears compute with fake-quantized inputs and weights.
-
-    This is the torch simulation of the exported integer graph: the same codes, multiplied in
-    float. Weights are put back at exit.
-    """
-    originals: list[tuple[nn.Linear, Tensor]] = []
-    hooks = []
-    try:
-        for name, scales in qparams.items():
-            linear = linears[name]
-            originals.append((linear, linear.weight.data))
-            codes = weight_codes(linear.weight.data, scales.weight, scales.bits)
-            linear.weight.data = codes * scales.weight[:, None]
-
-            def round_input(
-                module: nn.Module, args: tuple[Tensor, ...], scale: float = scales.activation
-            ) -> tuple[Tensor, ...]:
-                del module
-                return (fake_quantize(args[0], scale),)
-
-            hooks.append(linear.register_forward_pre_hook(round_input))
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for linear, weight in originals:
-            linear.weight.data = weight
+def _layer(found: dict[str, Tensor], prefix: str) -> LayerScales:
+    rounding = None
+    if f"{prefix}rounding" in found:
+        packed = found[f"{prefix}rounding"].numpy()
+        count = int(found[f"{prefix}inputs"])
+        rounding = torch.from_numpy(np.unpackbits(packed, axis=1, count=count)).bool()
+    weight, activation, zero_point = (found.get(prefix + key) for key in _LAYER)
+    assert weight is not None
+    return LayerScales(
+        bits=Bits(*found[f"{prefix}bits"].tolist()),
+        weight=weight,
+        rounding=rounding,
+        activation=activation,
+        zero_point=zero_point,
+    )

@@ -19,8 +19,6 @@ BINS = 2048
 EXACT = 1 << 24  # `histc` counts in float32, which is exact up to this many values
 MOMENTUM = 0.95
 SHRINK_STEPS = 80  # the 80-point search of the TFMQ-DM code: ranges of 1.00, 0.99 ... 0.21
-WEIGHT_POWER = 2.4  # its error exponent for weights
-LEVELS = 127  # largest code of a symmetric 8-bit range
 
 
 def observe_absmax(state: State, x: Tensor) -> State:
@@ -29,9 +27,9 @@ def observe_absmax(state: State, x: Tensor) -> State:
     return {"absmax": torch.maximum(state.get("absmax", largest), largest)}
 
 
-def bound_absmax(state: State, percentile: float) -> float:
+def bound_absmax(state: State, percentile: float, levels: int) -> float:
     """The largest magnitude."""
-    del percentile
+    del percentile, levels
     return float(state["absmax"])
 
 
@@ -58,9 +56,9 @@ def end_minmax(state: State) -> State:
     }
 
 
-def bound_minmax(state: State, percentile: float) -> float:
+def bound_minmax(state: State, percentile: float, levels: int) -> float:
     """The larger magnitude of the moving minimum and maximum."""
-    del percentile
+    del percentile, levels
     return float(torch.maximum(-state["moving_low"], state["moving_high"]))
 
 
@@ -78,14 +76,15 @@ def observe_histogram(state: State, x: Tensor) -> State:
     return {"counts": counts, "width": width}
 
 
-def bound_percentile(state: State, percentile: float) -> float:
+def bound_percentile(state: State, percentile: float, levels: int) -> float:
     """The magnitude below which `percentile` percent of all values lie."""
+    del levels
     share = torch.cumsum(state["counts"], 0) / state["counts"].sum()
     index = int(torch.searchsorted(share, torch.tensor(percentile / 100, dtype=share.dtype)))
     return float(state["width"]) * (min(index, BINS - 1) + 1) / BINS
 
 
-def bound_mse(state: State, percentile: float) -> float:
+def bound_mse(state: State, percentile: float, levels: int) -> float:
     """The bound with the least mean squared rounding and clipping error, of 80 candidates."""
     del percentile
     width = float(state["width"])
@@ -94,19 +93,38 @@ def bound_mse(state: State, percentile: float) -> float:
     best, bound = float("inf"), width
     for i in range(SHRINK_STEPS):
         candidate = width * occupied / BINS * (1 - 0.01 * i)
-        scale = candidate / LEVELS
-        rounded = torch.clamp(torch.round(centers / scale), max=LEVELS) * scale
+        scale = candidate / levels
+        rounded = torch.clamp(torch.round(centers / scale), max=levels) * scale
         error = float((state["counts"] * (rounded - centers) ** 2).sum())
         if error < best:
             best, bound = error, candidate
     return bound
 
 
+def observe_channels(state: State, x: Tensor) -> State:
+    """Keep the largest magnitude of every channel, (I,)."""
+    largest = x.abs().flatten(0, -2).amax(dim=0)
+    return {"channels": torch.maximum(state.get("channels", largest), largest)}
+
+
+def observe_inputs(state: State, x: Tensor) -> State:
+    """Keep the inputs themselves, (N, ...)."""
+    return {"inputs": torch.cat([state["inputs"], x]) if state else x.clone()}
+
+
+def bound_nothing(state: State, percentile: float, levels: int) -> float:
+    """What is kept is no range."""
+    raise NotImplementedError
+
+
 class Observer(NamedTuple):
-    """`observe` takes each tensor, `end_batch` closes a mini-batch, `bound` gives the range."""
+    """`observe` takes each tensor, `end_batch` closes a mini-batch, `bound` gives the range.
+
+    `bound` takes the percentile and the largest code of the range.
+    """
 
     observe: Callable[[State, Tensor], State]
-    bound: Callable[[State, float], float]
+    bound: Callable[[State, float, int], float]
     end_batch: Callable[[State], State] = dict
 
 
@@ -117,39 +135,5 @@ OBSERVERS: dict[str, Observer] = {
     "mse": Observer(observe_histogram, bound_mse),
 }
 
-
-def weight_levels(bits: int) -> int:
-    """Largest code of a symmetric weight."""
-    return int(2 ** (bits - 1) - 1)
-
-
-def weight_scale(weight: Tensor, method: str, bits: int) -> Tensor:
-    """Symmetric scale per output channel, (O,) float32, of a weight (O, I).
-
-    `mse` searches 80 shrunk ranges for the least mean |w - Q(w)|^2.4 (TFMQ-DM code); the other
-    methods take the largest magnitude, which loses next to nothing at 7 bits.
-    """
-    levels = weight_levels(bits)
-    largest = weight.abs().amax(dim=1).clamp(min=1e-12)
-    if method != "mse":
-        return largest / levels
-    best = torch.full_like(largest, float("inf"))
-    scale = largest / levels
-    for i in range(SHRINK_STEPS):
-        candidate = largest * (1 - 0.01 * i) / levels
-        restored = weight_codes(weight, candidate, bits) * candidate[:, None]
-        error = (weight - restored).abs().pow(WEIGHT_POWER).mean(dim=1)
-        scale = torch.where(error < best, candidate, scale)
-        best = torch.minimum(error, best)
-    return scale
-
-
-def weight_codes(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
-    """Integer codes, (O, I) float32, of a weight with scales (O,): in [-127, 127] at 8 bits."""
-    levels = weight_levels(bits)
-    return torch.clamp(torch.round(weight / scale[:, None]), -levels, levels)
-
-
-def fake_quantize(x: Tensor, scale: float) -> Tensor:
-    """Round `x` to the grid of `scale`, codes in [-128, 127], as QuantizeLinear does."""
-    return torch.clamp(torch.round(x / scale), -LEVELS - 1, LEVELS) * scale
+CHANNELS = Observer(observe_channels, bound_nothing)
+INPUTS = Observer(observe_inputs, bound_nothing)

@@ -1,25 +1,28 @@
-"""The calibration stage: trajectories of the model in, scales in the bundle out."""
+"""The calibration stage: trajectories of the model in, everything quantized in the bundle out."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import replace
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ditcast import tensors
 from ditcast.bundle import Bundle
-from ditcast.calibrate import qparams
-from ditcast.calibrate.ranges import LEVELS, OBSERVERS, Observer, State, weight_scale
-from ditcast.calibrate.trajectory import sample
-from ditcast.errors import BundleError, ConfigError
+from ditcast.calibrate import features, qparams, tib
+from ditcast.calibrate.balance import balanced_layers, factors
+from ditcast.calibrate.blocks import Rows, Walk
+from ditcast.calibrate.codes import SMALLEST, levels, weight_scale
+from ditcast.calibrate.collect import Watch, collect, draw_labels
+from ditcast.calibrate.methods import METHODS
+from ditcast.calibrate.qparams import LayerScales, QParams
+from ditcast.calibrate.ranges import CHANNELS, INPUTS, OBSERVERS
+from ditcast.calibrate.simulate import TEMPORAL, quantized
+from ditcast.errors import ConfigError
 from ditcast.manifest import Layer, Quantization
 from ditcast.models import LoadedModel
-from ditcast.progress import counting, say
-from ditcast.recipe import WEIGHT_BITS, Recipe
+from ditcast.progress import counting
+from ditcast.recipe import FLOAT, MODULES, PRECISIONS, Bits, Recipe
 from ditcast.sampling import coefficients
 from ditcast.schedule import from_config
 
@@ -27,34 +30,26 @@ SCALES = "calibration/scales.safetensors"
 
 
 def calibrate(bundle: Bundle, model: LoadedModel) -> None:
-    """Find the scales of the bundle's recipe and commit them; does nothing where they are there.
+    """Quantize by the bundle's recipe and commit what was found; does nothing where it is there.
 
-    An interrupted run is taken up after its last whole batch of trajectories.
+    An interrupted run is taken up after its last whole batch of trajectories or its last
+    reconstructed part.
 
     Raises:
-        ConfigError: rules that do not fit the model, NaN or Inf in a trajectory.
+        ConfigError: a recipe that does not fit the model, NaN or Inf in a trajectory.
         BundleError: an interrupted calibration of something else.
     """
     recipe, manifest = bundle.manifest.recipe, bundle.manifest
-    linears = model.adapter.linears()
-    precision = qparams.select(list(linears), recipe.layer_rules())
-    bits = {name: WEIGHT_BITS[kind] for name, kind in precision.items()}
-    chosen = {name: linears[name] for name, wide in bits.items() if wide}
+    precision = choose_precision(model, recipe)
+    chosen = {name: PRECISIONS[kind] for name, kind in precision.items() if PRECISIONS[kind].weight}
     if manifest.quantization is not None or not chosen:
         bundle.clear("calibration")  # a run may have been killed just before it did this
         return
-    labels = draw_labels(recipe, model.adapter.num_classes)
-    states = _collect(bundle, model, chosen, labels)
-    observer = OBSERVERS[recipe.method]
-    found = {
-        name: qparams.LayerScales(
-            activation=_scale(observer.bound(states[name], recipe.percentile)),
-            weight=weight_scale(linear.weight.data, recipe.method, bits[name]),
-            bits=bits[name],
-        )
-        for name, linear in chosen.items()
-    }
+    with torch.no_grad():
+        found = _Calibration(bundle, model, chosen).run()
     qparams.save(found, bundle.staged(SCALES))
+    adapter, stored = model.adapter, found.stored
+    linears = adapter.linears() | adapter.temporal_linears()
     quantization = Quantization(
         made_from=manifest.fingerprint(),
         file=SCALES,
@@ -63,11 +58,12 @@ def calibrate(bundle: Bundle, model: LoadedModel) -> None:
                 name=name,
                 block=name.rpartition(".")[0],
                 precision=precision[name],
-                shape=(linear.out_features, linear.in_features),
+                shape=(linears[name].out_features, linears[name].in_features),
             )
-            for name, linear in chosen.items()
+            for name in found.layers
         ),
-        labels=tuple(labels),
+        labels=tuple(draw_labels(recipe, adapter.num_classes)),
+        stored=None if stored is None else tuple(stored.labels.tolist()),
     )
     bundle.commit({"quantization": quantization}, replaces="calibration/")
     bundle.clear("calibration")
@@ -77,115 +73,180 @@ def check(model: LoadedModel, recipe: Recipe) -> None:
     """Refuse a recipe that does not fit the model, before a bundle is started.
 
     Raises:
-        ConfigError: rules that do not fit its layers, or more steps than it was trained on.
+        ConfigError: rules or a group that do not fit its layers, more steps than it was trained
+            on, or temporal features that are too many to be stored.
         UnsupportedError: a noise schedule that is not implemented for this sampler.
     """
     coefficients(from_config(model.scheduler), recipe.sampler, recipe.steps)
-    qparams.select(list(model.adapter.linears()), recipe.layer_rules())
+    precision = choose_precision(model, recipe)
+    linears = model.adapter.linears() | model.adapter.temporal_linears()
+    for name, kind in precision.items():
+        inputs = linears[name].in_features
+        if recipe.group and kind != FLOAT and inputs % recipe.group:
+            raise ConfigError(
+                f"group: got {recipe.group}, but layer {name} has {inputs} inputs; expected a "
+                "divisor of them, or 0"
+            )
+    if recipe.temporal in ("cache", "select"):
+        features.check_store(model, recipe)
 
 
-def _scale(bound: float) -> float:
-    """The scale of a symmetric 8-bit range, as float32; not zero where a layer sees only zeros."""
-    return float(np.float32(max(bound, 1e-12) / LEVELS))
+def choose_precision(model: LoadedModel, recipe: Recipe) -> dict[str, str]:
+    """The precision of every layer that the recipe asks for: the TIB's where it is quantized."""
+    names = list(model.adapter.linears())
+    if recipe.temporal in MODULES:
+        names += model.adapter.temporal_linears()
+    return qparams.select(names, recipe.layer_rules())
 
 
-def draw_labels(recipe: Recipe, num_classes: int) -> list[int]:
-    """The label of each calibration trajectory, from the recipe's seed."""
-    rng = np.random.default_rng([recipe.seed, 0xCA11B])
-    return [int(label) for label in rng.integers(0, num_classes, recipe.samples)]
+class _Calibration:
+    """One calibration in the order of its stages."""
 
+    def __init__(self, bundle: Bundle, model: LoadedModel, chosen: dict[str, Bits]) -> None:
+        self.bundle, self.model, self.chosen = bundle, model, chosen
+        self.adapter, self.recipe = model.adapter, bundle.manifest.recipe
+        self.method = METHODS[self.recipe.method]
+        steps = from_config(model.scheduler).timesteps(self.recipe.steps)
+        self.timesteps = torch.from_numpy(steps).float()  # (T,), noisiest first
 
-def _collect(
-    bundle: Bundle, model: LoadedModel, chosen: dict[str, nn.Linear], labels: list[int]
-) -> dict[str, State]:
-    """The observers' states after all trajectories, resuming where a run stopped."""
-    recipe = bundle.manifest.recipe
-    observer = OBSERVERS[recipe.method]
-    progress = bundle.scratch("calibration") / "states.safetensors"
-    states, done = _resume(progress, bundle.manifest.fingerprint(), list(chosen))
-    batches = range(done, recipe.samples, recipe.batch)
-    if done:
-        say(f"calibrating: resuming after {done} of {recipe.samples} trajectories")
-    schedule = from_config(model.scheduler)
-    with counting("calibrating", len(batches) * recipe.steps) as advance:
-        for first in batches:
-            last = min(first + recipe.batch, recipe.samples)
-            with _observing(chosen, observer, states, advance) as callback:
-                sample(
-                    model.adapter,
-                    schedule,
-                    sampler=recipe.sampler,
-                    steps=recipe.steps,
-                    guidance=recipe.guidance,
-                    seed=recipe.seed,
-                    indices=range(first, last),
-                    labels=labels[first:last],
-                    callback=callback,
+    def run(self) -> QParams:
+        """Balancing, then the TIB, then the blocks behind it."""
+        recipe = self.recipe
+        found = QParams(balance=self._balance(), edges=self._edges())
+        if recipe.temporal in ("tib", "select"):
+            found = self._tib(found, self._start(self.adapter.temporal_linears()))
+        if recipe.temporal in ("cache", "select"):
+            found = self._store(found)
+        layers = self._blocks(found) if self.method.reconstruct else self._ranges(found)
+        found = replace(found, layers=found.layers | layers)
+        if recipe.temporal == "naive":  # what no part has reconstructed is to the nearest
+            scales = self._start(self.adapter.temporal_linears())
+            scales |= {name: found.layers[name] for name in scales if name in found.layers}
+            found = self._tib_ranges(found, scales)
+        return found
+
+    def _edges(self) -> Tensor:
+        """Bounds between neighbouring timesteps, so that another number of steps finds a bin."""
+        ascending: Tensor = self.timesteps.unique()
+        found: Tensor = (ascending[1:] + ascending[:-1]) / 2
+        return found[:0] if self.recipe.fsc == "none" else found
+
+    def _bins(self) -> list[Tensor]:
+        ascending: Tensor = self.timesteps.unique()
+        return [ascending] if self.recipe.fsc == "none" else list(ascending[:, None])
+
+    def _start(self, linears: Mapping[str, nn.Linear]) -> dict[str, LayerScales]:
+        """Scales of those weights that are to be quantized, as they are now; to the nearest."""
+        return {
+            name: LayerScales(
+                bits=bits,
+                weight=weight_scale(
+                    linears[name].weight.data,
+                    search=self.method.search,
+                    bits=bits.weight,
+                    group=self.recipe.group,
+                ),
+            )
+            for name, bits in self.chosen.items()
+            if name in linears
+        }
+
+    def _balance(self) -> dict[str, Tensor]:
+        kind, linears = self.recipe.balance, self.adapter.linears()
+        if kind == "none":
+            return {}
+        names = [name for name in balanced_layers(self.adapter) if name in self.chosen]
+        watches = [Watch(name, linears[name], CHANNELS, stepwise=True) for name in names]
+        states = collect(self.bundle, self.model, "channels", watches)
+        return {
+            name: factors(kind, linears[name], torch.stack([s["channels"] for s in states[name]]))
+            for name in names
+        }
+
+    def _tib(self, found: QParams, scales: dict[str, LayerScales]) -> QParams:
+        """The TIB by itself: TIAR where the method reconstructs, then its ranges."""
+        if self.method.reconstruct and scales:
+            with counting("reconstructing the TIB", self.recipe.iterations) as advance:
+                scales = tib.tiar(
+                    self.adapter,
+                    scales,
+                    self.timesteps,
+                    self._tib_labels(),
+                    iterations=self.recipe.iterations,
+                    seed=self.recipe.seed,
+                    advance=advance,
                 )
-            for name in chosen:
-                states[name] = observer.end_batch(states[name])
-            _save(progress, bundle.manifest.fingerprint(), states, last)
-    return states
+        return self._tib_ranges(found, scales)
 
+    def _tib_labels(self) -> Tensor:
+        return tib.draw_labels(self.adapter, self.timesteps, self.recipe.seed)
 
-@contextlib.contextmanager
-def _observing(
-    linears: dict[str, nn.Linear],
-    observer: Observer,
-    states: dict[str, State],
-    advance: Callable[[], None],
-) -> Iterator[Callable[[int], None]]:
-    """While active, every input of the Linears goes to the observer; yields the step callback."""
-    current = 0
+    def _tib_ranges(self, found: QParams, scales: dict[str, LayerScales]) -> QParams:
+        layers, outputs = tib.ranges(self.adapter, scales, self._bins(), self._tib_labels())
+        return replace(found, layers=found.layers | layers, outputs=outputs)
 
-    def next_step(done: int) -> None:
-        nonlocal current
-        current = done + 1
-        advance()
+    def _store(self, found: QParams) -> QParams:
+        """Stored features, and the TIB where it is better, if it is there at all."""
+        labels = features.check_store(self.model, self.recipe)
+        bits = self.recipe.feature_bits()
+        stored = features.store(self.adapter, self.timesteps, labels, bits)
+        if self.recipe.temporal == "select":
+            stored = features.choose(self.adapter, found, stored)
+        if stored.module is not None:
+            return replace(found, stored=stored)
+        return replace(found, stored=stored, layers={}, outputs=None)  # the TIB is not needed
 
-    def watch(name: str, linear: nn.Linear) -> torch.utils.hooks.RemovableHandle:
-        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            del module
-            if not bool(torch.isfinite(args[0]).all()):
-                raise ConfigError(
-                    f"calibration: NaN or Inf in the input of layer {name} at step {current}; "
-                    "the model overflows with this sampler and guidance, try other values"
-                )
-            states[name] = observer.observe(states[name], args[0])
+    def _ranges(self, found: QParams) -> dict[str, LayerScales]:
+        """Weights to the nearest, and input ranges from the trajectories of full precision."""
+        observer, recipe = OBSERVERS[self.method.observer], self.recipe
+        linears, stepwise = self.adapter.linears(), recipe.fsc == "all"
+        with quantized(self.adapter, QParams(balance=found.balance)):
+            scales = self._start(linears)
+            names = [name for name in scales if scales[name].bits.activation < 16]
+            watches = [Watch(name, linears[name], observer, stepwise) for name in names]
+            states = collect(self.bundle, self.model, "states", watches) if watches else {}
+        for name in names:
+            top = levels(scales[name].bits.activation)
+            bounds = [observer.bound(s, recipe.percentile, top) for s in states[name]]
+            values = torch.tensor([max(bound, SMALLEST) / top for bound in bounds])
+            scales[name] = replace(
+                scales[name], activation=values.flip(0) if stepwise else values[0]
+            )
+        return scales
 
-        return linear.register_forward_pre_hook(hook)
+    def _blocks(self, found: QParams) -> dict[str, LayerScales]:
+        """Reconstruction of the network's parts on inputs drawn from the trajectories."""
+        bits = {n: b for n, b in self.chosen.items() if n not in found.layers}
+        if self.recipe.temporal != "naive":
+            bits = {n: b for n, b in bits.items() if not n.startswith(TEMPORAL)}
+        walk = Walk(self.adapter, self.recipe, found, self._rows(found.edges), bits)
+        folder = self.bundle.scratch("calibration")
+        with counting("reconstructing", len(self.adapter.parts)) as advance:
+            return walk.run(folder, advance)
 
-    hooks = [watch(name, linear) for name, linear in linears.items()]
-    try:
-        yield next_step
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _save(path: Path, fingerprint: str, states: dict[str, State], done: int) -> None:
-    """Write the states and how many trajectories are in them, by temporary file and rename."""
-    flat = {f"{name}|{key}": t.numpy() for name, s in states.items() for key, t in s.items()}
-    partial = path.with_suffix(".tmp")
-    tensors.save(flat, partial, {"fingerprint": fingerprint, "done": str(done)})
-    partial.replace(path)
-
-
-def _resume(path: Path, fingerprint: str, names: list[str]) -> tuple[dict[str, State], int]:
-    """The states that an interrupted run left, else empty ones."""
-    states: dict[str, State] = {name: {} for name in names}
-    if not path.is_file():
-        return states, 0
-    try:
-        flat, metadata = tensors.load(path)
-    except BundleError as err:
-        say(f"calibrating: starting afresh, what an interrupted run left is unreadable ({err})")
-        return states, 0
-    if metadata["fingerprint"] != fingerprint:
-        raise BundleError(
-            f"calibration: {path} is of another model or recipe; remove it to start afresh"
+    def _rows(self, edges: Tensor) -> Rows:
+        """Rows of all steps, equally many of each, drawn by the seed; in the order of steps."""
+        recipe, adapter = self.recipe, self.adapter
+        watch = Watch("stem", adapter.stem, INPUTS, stepwise=True)
+        states = collect(self.bundle, self.model, "inputs", [watch])["stem"]
+        inputs = torch.stack([state["inputs"] for state in states])  # (T, rows, C, H, W)
+        labels = torch.tensor(_row_labels(recipe, adapter.num_classes))
+        generator = torch.Generator().manual_seed(recipe.seed)
+        each = max(1, min(recipe.rows // recipe.steps, len(labels)))
+        drawn = [torch.randperm(len(labels), generator=generator)[:each] for _ in states]
+        timesteps = self.timesteps.repeat_interleave(each)
+        return Rows(
+            sample=torch.cat([inputs[t, rows] for t, rows in enumerate(drawn)]),
+            timesteps=timesteps,
+            labels=labels[torch.cat(drawn)],
+            bins=(timesteps[:, None] >= edges).sum(dim=1),
         )
-    for key, array in flat.items():
-        name, _, field = key.partition("|")
-        states[name][field] = torch.from_numpy(array)
-    return states, int(metadata["done"])
+
+
+def _row_labels(recipe: Recipe, null: int) -> list[int]:
+    """The label of every row of a step, in the order in which trajectories pass the network."""
+    labels, found = draw_labels(recipe, null), []
+    for first in range(0, recipe.samples, recipe.batch):
+        batch = labels[first : first + recipe.batch]
+        found += batch + [null] * (len(batch) if recipe.guidance > 1 else 0)
+    return found

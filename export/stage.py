@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,14 +11,15 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.export import Dim
 
 from ditcast import tensors
 from ditcast.bundle import Bundle
 from ditcast.cache import StepPlan, make_plan
-from ditcast.calibrate.qparams import QParams, quantized
+from ditcast.calibrate.qparams import QParams
 from ditcast.calibrate.qparams import load as load_qparams
+from ditcast.calibrate.simulate import TEMPORAL, Simulation, quantized
 from ditcast.calibrate.trajectory import sample
 from ditcast.errors import BundleError, ConfigError
 from ditcast.export import parity
@@ -31,8 +31,9 @@ from ditcast.export.trace import trace
 from ditcast.manifest import REFERENCE, WEIGHTS, Graph
 from ditcast.models import Adapter, LoadedModel
 from ditcast.progress import say
+from ditcast.recipe import FLOAT
 from ditcast.sampling import coefficients, draw_noise, needs_noise
-from ditcast.schedule import NoiseSchedule, from_config
+from ditcast.schedule import from_config
 
 DEFAULT_TARGETS = ("onnxruntime",)
 GOLDEN = "golden/step.safetensors"
@@ -75,31 +76,15 @@ def to_onnx(bundle: Bundle, model: LoadedModel, targets: Sequence[str] = DEFAULT
     bundle.clear()  # what an interrupted export staged takes up the disk that is checked here
     _check_disk(bundle, model, len(due))
     qparams = _qparams(bundle, model)
-    probes = make_probes(model, from_config(bundle.manifest.schedule), bundle.manifest.recipe.seed)
-    say("exporting: tracing the model")
-    traced = _trace(model, probes)
     found = [graph for graph in bundle.manifest.graphs if graph.target in held]
-    golden: dict[str, Any] = {f"input.{k}": v.numpy() for k, v in probes["full"].feeds.items()}
+    golden: dict[str, Any] = {}
     if held:
         golden, _ = tensors.load(bundle.file(GOLDEN))
-    for target in due:
-        say(f"exporting: writing target {target} and comparing it with torch")
-        scales = qparams if TARGETS[target].dtype else {}
-        folder = bundle.staged(f"graphs/{target}/{WEIGHTS}").parent
-        _write_target(bundle, model, target, folder, traced=traced, qparams=scales)
-        differences, golden[f"output.{target}"] = _compare(
-            bundle, model.adapter, folder, probes, scales
-        )
-        found += [
-            Graph(
-                target=target,
-                name=name,
-                path=f"graphs/{target}/{name}.onnx",
-                made_from=bundle.graphs_made_from(),
-                parity=parity,
-            )
-            for name, parity in differences.items()
-        ]
+    float_ = [target for target in due if TARGETS[target].dtype is None or not qparams]
+    integer = [target for target in due if target not in float_]
+    for targets, scales in ((float_, QParams()), (integer, qparams)):
+        if targets:
+            found += _export(bundle, model, targets, scales, golden)
     tensors.save(golden, bundle.staged(GOLDEN))
     replaces = "" if held else "graphs/"
     bundle.commit({"graphs": tuple(found), "golden": (GOLDEN,)}, replaces)
@@ -118,28 +103,67 @@ def _due(bundle: Bundle, targets: Sequence[str]) -> tuple[list[str], set[str]]:
     return [target for target in TARGETS if target in wanted - held], held
 
 
-def _trace(model: LoadedModel, probes: dict[str, Probe]) -> dict[str, gs.Graph]:
-    linears = model.adapter.linears()
-    return {
-        name: trace(
-            probe.module,
-            list(probe.feeds.values()),
-            inputs=list(probe.feeds),
-            outputs=probe.outputs,
-            dynamic=probe.dynamic,
-            layers=linears,
-        )
-        for name, probe in probes.items()
-    }
+def _export(
+    bundle: Bundle,
+    model: LoadedModel,
+    targets: Sequence[str],
+    qparams: QParams,
+    golden: dict[str, Any],
+) -> list[Graph]:
+    """Stage the graphs of targets that encode the same numbers; adds their golden steps."""
+    found, adapter = [], model.adapter
+    with quantized(adapter, qparams) as simulation:
+        probes = make_probes(bundle, adapter)
+        say("exporting: tracing the model")
+        with simulation.exact():
+            traced = {
+                name: trace(
+                    probe.module,
+                    list(probe.feeds.values()),
+                    inputs=list(probe.feeds),
+                    outputs=probe.outputs,
+                    dynamic=probe.dynamic,
+                    layers=simulation.linears,
+                )
+                for name, probe in probes.items()
+            }
+        for target in targets:
+            say(f"exporting: writing target {target} and comparing it with torch")
+            folder = bundle.staged(f"graphs/{target}/{WEIGHTS}").parent
+            _write_target(
+                bundle,
+                adapter,
+                target,
+                folder,
+                traced=traced,
+                qparams=qparams,
+                linears=simulation.linears,
+            )
+            parities, output = _compare(bundle, adapter, folder, probes, simulation)
+            feeds = probes["full"].feeds
+            golden |= {f"{target}.input.{k}": feed.numpy() for k, feed in feeds.items()}
+            golden[f"{target}.output"] = output
+            found += [
+                Graph(
+                    target=target,
+                    name=name,
+                    path=f"graphs/{target}/{name}.onnx",
+                    made_from=bundle.graphs_made_from(),
+                    parity=parity,
+                )
+                for name, parity in parities.items()
+            ]
+    return found
 
 
-def make_probes(model: LoadedModel, schedule: NoiseSchedule, seed: int) -> dict[str, Probe]:
+def make_probes(bundle: Bundle, adapter: Adapter) -> dict[str, Probe]:
     """The step graphs with inputs of a real request: two images with guidance, mid-trajectory."""
-    adapter = model.adapter
-    labels = torch.tensor([0, adapter.num_classes - 1, adapter.num_classes])
-    total = len(schedule.alphas_cumprod)
-    timesteps = torch.tensor([float(total // 2), float(total // 4)])
-    noise = [draw_noise(seed, i, adapter.sample_shape, 0)[0] for i in range(2)]
+    recipe = bundle.manifest.recipe
+    labels = torch.tensor([*_two_labels(bundle), adapter.num_classes])
+    known = from_config(bundle.manifest.schedule).timesteps(recipe.steps)
+    half = len(known) // 2
+    timesteps = torch.tensor([float(known[half]), float(known[(half + len(known)) // 2])])
+    noise = [draw_noise(recipe.seed, i, adapter.sample_shape, 0)[0] for i in range(2)]
     sample = torch.from_numpy(np.stack(noise)).repeat(2, 1, 1, 1)
     with torch.no_grad():
         features = adapter.temporal(timesteps, labels)[:, torch.tensor([0, 1, 2, 2])]
@@ -173,22 +197,32 @@ def make_probes(model: LoadedModel, schedule: NoiseSchedule, seed: int) -> dict[
     }
 
 
+def _two_labels(bundle: Bundle) -> tuple[int, int]:
+    """The first and the last label whose features the bundle can give."""
+    labels = bundle.manifest.stored_labels() or range(bundle.manifest.model.num_classes)
+    return labels[0], labels[-1]
+
+
 def _write_target(
     bundle: Bundle,
-    model: LoadedModel,
+    adapter: Adapter,
     target: str,
     folder: Path,
     *,
     traced: dict[str, gs.Graph],
     qparams: QParams,
+    linears: dict[str, nn.Linear],
 ) -> None:
     """All graphs of one target over one weights file, and a short graph loop for parity."""
-    weights = {name: linear.weight.data for name, linear in model.adapter.linears().items()}
+    temporal = {n: held for n, held in qparams.layers.items() if n.startswith(TEMPORAL)}
+    rest = {n: held for n, held in qparams.layers.items() if n not in temporal}
+    group = bundle.manifest.recipe.group
     with WeightStore(folder) as store:
         for name in STEP_GRAPHS:
             graph = traced[name].copy()
-            if name == "full" and qparams:
-                insert_qdq(graph, qparams, TARGETS[target], weights)
+            layers = {"temporal": temporal, "full": rest}.get(name)
+            if layers:
+                insert_qdq(graph, layers, TARGETS[target], linears, group)
             store.save(graph, folder / f"{name}.onnx")
         parts = {
             name: onnx.load(folder / f"{name}.onnx", load_external_data=False)
@@ -196,7 +230,7 @@ def _write_target(
         }
         loops = (("sampler", bundle.manifest.recipe.steps), (SHORT, _short_steps(bundle)))
         for name, steps in loops if TARGETS[target].loop else ():
-            spec = _loop_spec(bundle, model.adapter, parts, steps)
+            spec = _loop_spec(bundle, adapter, parts, steps)
             store.save_proto(sampler_graph(spec), folder / f"{name}.onnx")
 
 
@@ -237,7 +271,7 @@ def _compare(
     adapter: Adapter,
     folder: Path,
     probes: dict[str, Probe],
-    qparams: QParams,
+    simulation: Simulation,
 ) -> tuple[dict[str, dict[str, float]], Any]:
     """Parity of every graph, and the full step's output for the golden file.
 
@@ -249,18 +283,21 @@ def _compare(
     short = folder / f"{SHORT}.onnx"
     if short.exists():
         probes = probes | {"sampler": _loop_probe(bundle, adapter)}
+    rounding = {name for name, layer in simulation.layers.items() if layer.scale is not None}
+    temporal = any(name.startswith(TEMPORAL) for name in rounding)
+    rounded = {"temporal": temporal, "full": bool(rounding), "sampler": bool(rounding)}
     for name, probe in probes.items():
         unquantized: dict[str, Tensor] | None = None
-        with contextlib.ExitStack() as stack:
-            if qparams and name in ("full", "sampler"):
-                unquantized = {}
-                if name == "full":
-                    probe = probe.first_slot()
-                    unquantized["forecast"] = probe.run()["forecast"]
-                stack.enter_context(quantized(adapter.linears(), qparams))
-            expected = probe.run()
+        if rounded.get(name):
+            unquantized = {}
+            # Behind more than the first layers, only closeness of the whole can be asked.
+            if name != "sampler":
+                probe = probe.first_slot() if name == "full" else probe
+                output = probe.outputs[-1]
+                with simulation.exact():
+                    unquantized = {output: probe.run()[output]}
         path = short if name == "sampler" else folder / f"{name}.onnx"
-        found[name], outputs = parity.measure(path, probe.feeds, expected, unquantized)
+        found[name], outputs = parity.measure(path, probe.feeds, probe.run(), unquantized)
         if name == "full":
             golden = outputs["output"]
     short.unlink(missing_ok=True)
@@ -270,7 +307,7 @@ def _compare(
 def _loop_probe(bundle: Bundle, adapter: Adapter) -> Probe:
     """The first steps of one image with guidance, as torch samples them."""
     recipe, schedule = bundle.manifest.recipe, from_config(bundle.manifest.schedule)
-    label, steps = adapter.num_classes - 1, _short_steps(bundle)
+    label, steps = _two_labels(bundle)[1], _short_steps(bundle)
 
     def first_steps(*feeds: Tensor) -> Tensor:
         del feeds  # the same noise, drawn again
@@ -310,12 +347,12 @@ def _qparams(bundle: Bundle, model: LoadedModel) -> QParams:
             )
         bundle.check(quantization.file)
         return load_qparams(bundle.file(quantization.file))
-    if any(rule.precision != "float" for rule in bundle.manifest.recipe.layer_rules()):
+    if any(rule.precision != FLOAT for rule in bundle.manifest.recipe.layer_rules()):
         raise BundleError(
             f"export: {bundle.path} is not calibrated; "
             f"run: ditcast calibrate {model.source} -o {bundle.path}"
         )
-    return {}
+    return QParams()
 
 
 def _check_disk(bundle: Bundle, model: LoadedModel, targets: int) -> None:

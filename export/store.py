@@ -16,6 +16,7 @@ from ditcast.export.trace import INLINE_BYTES, IR_VERSION, replace
 from ditcast.manifest import WEIGHTS
 
 ALIGNMENT = 4096  # a page, so that a runtime can map the file
+_INT4 = "/int4"  # end of the name of a constant that is stored with 4 bits per value
 
 
 class WeightStore:
@@ -58,8 +59,13 @@ class WeightStore:
         self._file.flush()
         references = []
         for tensor in graph.tensors().values():
-            if isinstance(tensor, gs.Constant) and tensor.values.nbytes > INLINE_BYTES:
-                references.append(self.add(tensor.name, tensor.values))
+            narrow = tensor.name.endswith(_INT4)
+            if isinstance(tensor, gs.Constant) and (narrow or tensor.values.nbytes > INLINE_BYTES):
+                added = self.add(tensor.name, _packed(tensor.values) if narrow else tensor.values)
+                if narrow:
+                    added.data_type = onnx.TensorProto.INT4
+                    added.dims[:] = tensor.values.shape
+                references.append(added)
                 by_name = gs.Variable(tensor.name, tensor.values.dtype, tensor.values.shape)
                 replace(tensor, by_name)
         proto = gs.export_onnx(graph)
@@ -73,6 +79,24 @@ class WeightStore:
         proto.producer_name, proto.ir_version = "ditcast", IR_VERSION
         path.write_bytes(proto.SerializeToString(deterministic=True))
         onnx.checker.check_model(str(path))
+
+
+def as_int4(constant: gs.Constant) -> gs.Constant:
+    """The same int8 constant, marked to be stored with 4 bits per value.
+
+    graphsurgeon has no type for it.
+    """
+    return gs.Constant(constant.name + _INT4, constant.values)
+
+
+def _packed(values: NDArray[Any]) -> NDArray[np.uint8]:
+    """Two codes in [-8, 7] to a byte, the first in the low half, as ONNX has them."""
+    flat = np.bitwise_and(values.ravel(), 0xF).astype(np.uint8)
+    packed = flat[::2].copy()
+    odd = flat[1::2]
+    packed[: len(odd)] += np.multiply(odd, 16, dtype=np.uint8)
+    found: NDArray[np.uint8] = packed
+    return found
 
 
 def reference(

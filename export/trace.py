@@ -101,11 +101,13 @@ def trace(
 
 
 def _name_layers(model: onnx_ir.Model, layers: set[str]) -> None:
-    """Name the MatMul and Add of each layer after it, by the exporter's module scopes."""
+    """Name the product and the bias Add of each layer after it, by the exporter's scopes."""
+    constants = model.graph.initializers
     for node in model.graph:
         scopes = node.metadata_props.get("pkg.torch.onnx.name_scopes", "")
         found = [layer for layer in layers if f"'{layer}'" in scopes]
-        if found and node.op_type in ("MatMul", "Gemm", "Add"):
+        bias = node.op_type == "Add" and any(x and x.name in constants for x in node.inputs)
+        if found and (bias or node.op_type in ("MatMul", "Gemm")):
             node.name = f"{found[0]}/{node.op_type}"
 
 

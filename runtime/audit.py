@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,8 +11,11 @@ import numpy as np
 
 from ditcast import tensors
 from ditcast.bundle import Bundle
-from ditcast.runtime.backends import Backend, GraphFile, NodeTime, graph_file
+from ditcast.manifest import Layer
+from ditcast.recipe import PRECISIONS
+from ditcast.runtime.backends import Backend, GraphFile, NodeTime, graph_file, graphs_of
 from ditcast.sampling import needs_noise
+from ditcast.schedule import from_config
 
 GOLDEN_LIMIT_DB = 40.0  # other kernels flip a few codes; saturating ones do far worse
 CAP_DB = 150.0
@@ -23,15 +26,21 @@ RATE_SHAPE = (512, 1024, 4096)  # of its MatMuls, as `tools/make_probe.py` made 
 
 
 class LayerAudit(NamedTuple):
-    """One layer that has to run in integers: the kernel that ran, or "missing"."""
+    """One quantized layer: the kernel that ran, or "missing".
+
+    `wanted` is whether it has to run in integers: a layer with a float input has only a smaller
+    weight. Products of the TIB are too small to be rated.
+    """
 
     layer: str
     block: str
+    precision: str
     kernel: str
     integer: bool
+    wanted: bool
     latency_ms: float
-    share: float  # of all kernels of the step
-    giga_ops: float  # per second, counting a multiplication and an addition as two
+    share: float  # of all kernels of its graph
+    giga_ops: float  # per second, counting a multiplication and an addition as two; or 0
 
 
 class Audit(NamedTuple):
@@ -42,13 +51,22 @@ class Audit(NamedTuple):
     other: dict[str, float]  # kernels of everything else: ms
     golden_db: float  # how closely this machine repeats the step that export kept
     rates: dict[int, float]  # weight bits (0 is float): Gop/s of a large MatMul on this machine
-    weight_bits: int
+    weight_bits: int  # the widest that is multiplied as an integer, 0 where none is
     facts: dict[str, Any]
 
     @property
     def lost(self) -> tuple[LayerAudit, ...]:
-        """Layers that are not in an integer kernel."""
-        return tuple(layer for layer in self.layers if not layer.integer)
+        """Layers that should be in an integer kernel and are not, or that are not there."""
+        return tuple(
+            layer
+            for layer in self.layers
+            if (layer.wanted and not layer.integer) or layer.kernel == NOTHING.kernel
+        )
+
+    @property
+    def roof(self) -> float | None:
+        """Gop/s of a large MatMul of these weights; narrower ones run as fast as 7-bit ones."""
+        return self.rates.get(max(self.weight_bits, 7)) if self.weight_bits else None
 
     @property
     def passed(self) -> bool:
@@ -73,33 +91,47 @@ def audit(bundle: Bundle, backend: Backend, loop: str = "host") -> Audit:
     """Run `full.onnx` (or `sampler.onnx` for the graph loop) under the profiler.
 
     The manifest says which layers are quantized, so a layer that vanished is a failure too.
+    Where the TIB is quantized, `temporal.onnx` is run as well.
     """
     graph = "full" if loop == "host" else "sampler"
-    file = graph_file(bundle, backend.target, graph)
-    nodes = backend.profile(file, _feeds(bundle, graph), RUNS)
-    layers, other = _layers(bundle, backend, nodes, "" if graph == "full" else "full/")
+    quantization = bundle.manifest.quantization
+    expected = quantization.layers if quantization is not None else ()
+    layers: list[LayerAudit] = []
+    other: dict[str, float] = {}
+    bits = 0
+    for name in ("temporal", "full") if loop == "host" else ("sampler",):
+        inside = [layer for layer in expected if name in graphs_of(layer.name)]
+        if name == "temporal" and not inside:
+            continue
+        file = graph_file(bundle, backend.target, name)
+        bits = max(bits, file.weight_bits)
+        nodes = backend.profile(file, _feeds(bundle, backend, name), RUNS)
+        found, other = _layers(bundle, backend, nodes, inside)
+        layers += found
     return Audit(
         graph,
-        layers,
+        tuple(layers),
         other,
         golden_step(bundle, backend)(),
         rates(backend),
-        file.weight_bits,
+        bits,
         backend.facts(),
     )
 
 
 def _layers(
-    bundle: Bundle, backend: Backend, nodes: list[NodeTime], prefix: str
-) -> tuple[tuple[LayerAudit, ...], dict[str, float]]:
+    bundle: Bundle, backend: Backend, nodes: list[NodeTime], layers: Sequence[Layer]
+) -> tuple[list[LayerAudit], dict[str, float]]:
     """The quantized layers, and the time of all other kernels, longest first."""
-    quantization, model = bundle.manifest.quantization, bundle.manifest.model
+    model = bundle.manifest.model
     ran: dict[str, NodeTime] = {}
     other: dict[str, float] = defaultdict(float)
-    expected = {layer.name: layer for layer in quantization.layers} if quantization else {}
+    expected = {layer.name: layer for layer in layers}
     for node in nodes:
-        # Runtimes name what they fuse after the first node: LAYER/MatMul/...
-        name, found, _ = node.node.removeprefix(prefix).partition("/MatMul")
+        # Runtimes name what they fuse after the first node: LAYER/MatMul/... In the graph loop
+        # the name of the step graph stands before it.
+        inner = node.node.removeprefix("full/").removeprefix("temporal/")
+        name, found, _ = inner.partition("/MatMul")
         if found and name in expected and node.ms > ran.get(name, NOTHING).ms:
             other[ran.get(name, NOTHING).kernel] += ran.get(name, NOTHING).ms
             ran[name] = node
@@ -111,18 +143,21 @@ def _layers(
     for name, layer in expected.items():
         node = ran.get(name, NOTHING)
         ops = 2.0 * 2 * model.slot_shape[0] * layer.shape[0] * layer.shape[1]  # of two rows
+        rated = node.ms > 0 and "temporal" not in graphs_of(name)
         audits.append(
             LayerAudit(
-                name,
-                layer.block,
-                node.kernel,
-                backend.is_integer(node.kernel),
-                node.ms,
-                node.ms / total,
-                ops / node.ms / 1e6 if node.ms else 0.0,
+                layer=name,
+                block=layer.block,
+                precision=layer.precision,
+                kernel=node.kernel,
+                integer=backend.is_integer(node.kernel),
+                wanted=PRECISIONS[layer.precision].activation < 16,
+                latency_ms=node.ms,
+                share=node.ms / total,
+                giga_ops=ops / node.ms / 1e6 if rated else 0.0,
             )
         )
-    return tuple(audits), dict(sorted(other.items(), key=lambda item: -item[1]))
+    return audits, dict(sorted(other.items(), key=lambda item: -item[1]))
 
 
 def rates(backend: Backend) -> dict[int, float]:
@@ -144,9 +179,7 @@ def golden_step(bundle: Bundle, backend: Backend) -> Callable[[], float]:
     """
     golden, _ = tensors.load(bundle.file(bundle.manifest.golden[0]))
     session = backend.session(graph_file(bundle, backend.target, "full"))
-    prefix = "input."
-    feeds = {key.removeprefix(prefix): golden[key] for key in golden if key.startswith(prefix)}
-    wanted = golden[f"output.{backend.target}"]
+    feeds, wanted = golden_feeds(golden, backend.target), golden[f"{backend.target}.output"]
 
     def run() -> float:
         found = session.run(feeds, ["output"])["output"]
@@ -156,20 +189,30 @@ def golden_step(bundle: Bundle, backend: Backend) -> Callable[[], float]:
     return run
 
 
-def _feeds(bundle: Bundle, graph: str) -> dict[str, Any]:
+def golden_feeds(golden: Mapping[str, Any], target: str) -> dict[str, Any]:
+    """The inputs of the full step that export wrote down."""
+    prefix = f"{target}.input."
+    return {key.removeprefix(prefix): golden[key] for key in golden if key.startswith(prefix)}
+
+
+def _feeds(bundle: Bundle, backend: Backend, graph: str) -> dict[str, Any]:
     """Inputs of one image with guidance; the values do not matter."""
     model, recipe = bundle.manifest.model, bundle.manifest.recipe
     rng = np.random.default_rng(0)
+    label = (bundle.manifest.stored_labels() or (0,))[0]
     if graph == "full":
+        golden, _ = tensors.load(bundle.file(bundle.manifest.golden[0]))
+        feeds = {key: array[:2] for key, array in golden_feeds(golden, backend.target).items()}
+        return feeds | {"ahead": feeds["ahead"][:0, :2], "weights": feeds["weights"][:0]}
+    if graph == "temporal":
+        steps = from_config(bundle.manifest.schedule).timesteps(recipe.steps)
         return {
-            "sample": rng.standard_normal((2, *model.sample_shape), np.float32),
-            "features": rng.standard_normal((2, model.features), np.float32),
-            "ahead": np.empty((0, 2, model.features), np.float32),
-            "weights": np.empty((0, len(model.slots)), np.float32),
+            "timesteps": steps.astype(np.float32),
+            "class_labels": np.array([label, model.num_classes]),
         }
-    feeds: dict[str, Any] = {
+    feeds = {
         "noise": rng.standard_normal((1, *model.sample_shape), np.float32),
-        "class_labels": np.zeros(1, np.int64),
+        "class_labels": np.array([label]),
         "guidance_scale": np.array(recipe.guidance, np.float32),
     }
     if needs_noise(recipe.sampler):

@@ -72,6 +72,8 @@ class Variant:
     def warm_up(self, labels: list[int], guidance: float) -> None:
         """A few steps of one batch, of both kinds, whose times do not count."""
         few = min(self.steps, self.pipeline.recipe.interval + 1)
+        if self.pipeline.stored_labels is not None:
+            few = self.steps
         self.timed(labels, 0, 0, guidance, few)
         self.forget()
 
@@ -99,7 +101,8 @@ def bench(
     settings = settings or Settings()
     steps = recipe.steps if steps is None else steps
     variants = _variants(bundle, backend, settings, steps)
-    labels = [i % model.num_classes for i in range(count)]
+    pool = bundle.manifest.stored_labels() or range(model.num_classes)
+    labels = [pool[i % len(pool)] for i in range(count)]
     batches = [labels[i : i + recipe.batch] for i in range(0, count, recipe.batch)]
     for variant in variants:
         variant.warm_up(batches[0], recipe.guidance)
@@ -221,12 +224,15 @@ def _peak_memory_mib(bundle: Bundle, variant: Variant, settings: Settings) -> fl
     """
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "sample.json"
-        command = [sys.executable, "-m", "ditcast", "sample", str(bundle.path), "--labels", "0"]
+        stored = bundle.manifest.stored_labels()
+        label = str(stored[0]) if stored else "0"
+        command = [sys.executable, "-m", "ditcast", "sample", str(bundle.path), "--labels", label]
         command += ["-o", str(Path(folder) / "sample.npy"), "--json", str(report)]
         command += ["--backend", variant.pipeline.backend.name, "--target", variant.pipeline.target]
         command += ["--threads", str(settings.threads), "--cache", variant.cache]
         command += [] if settings.spin else ["--no-spin"]
         few = min(variant.steps, bundle.manifest.recipe.interval + 1)
+        few = variant.steps if stored else few  # there are features of all its steps only
         command += ["--steps", str(few)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:

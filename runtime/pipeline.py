@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from ditcast.bundle import Bundle
 from ditcast.cache import StepPlan, make_plan
 from ditcast.errors import ConfigError
+from ditcast.manifest import REFERENCE
 from ditcast.runtime.backends import Backend, Session, graph_file
 from ditcast.runtime.choice import open_backend
 from ditcast.sampling import (
@@ -65,6 +66,10 @@ class Pipeline:
         self.model = self.bundle.manifest.model
         self.schedule = from_config(self.bundle.manifest.schedule)
         self.low_memory = low_memory
+        # Where temporal features are stored, there are those of one schedule and these labels.
+        self.stored_labels = (
+            None if self.target == REFERENCE else self.bundle.manifest.stored_labels()
+        )
         self._sessions: dict[str, Session] = {}
 
     def session(self, graph: str) -> Session:
@@ -111,6 +116,7 @@ class Pipeline:
             raise ConfigError(f"guidance: got {guidance}, expected a number from 0")
         steps = self.recipe.steps if steps is None else steps
         self.schedule.timesteps(steps)  # refuses a bad number of steps before any work is done
+        self._check_stored(labels, steps, spacing)
         plan = self.plan(steps, cache)
         noises = steps if needs_noise(self.recipe.sampler) else 0
         shape = self.model.sample_shape
@@ -194,6 +200,25 @@ class Pipeline:
                 "use the host loop"
             )
 
+    def _check_stored(self, labels: Sequence[int], steps: int, spacing: str | None) -> None:
+        """Refuse what the stored temporal features do not hold."""
+        stored = self.stored_labels
+        if stored is None:
+            return
+        if steps != self.recipe.steps or spacing not in (None, self.schedule.spacing):
+            raise ConfigError(
+                f"steps: got {steps}{f' with {spacing} spacing' if spacing else ''}, but the "
+                f"bundle stores the temporal features of its {self.recipe.steps} steps; "
+                f"compile one with --steps {steps}, or with --temporal tib"
+            )
+        for label in labels:
+            if label not in stored:
+                raise ConfigError(
+                    f"labels: got {label}, but the bundle stores the temporal features of "
+                    f"{', '.join(map(str, stored))} only; compile one with --labels {label}, "
+                    "or with --temporal tib"
+                )
+
     def _check_labels(self, labels: Sequence[int]) -> None:
         last = self.model.num_classes - 1
         if not labels:
@@ -218,10 +243,10 @@ class _Network:
         self.session, self.plan = pipeline.session, plan
         self.all_features, self.rows = features, rows
         self.steps, self.weights = plan.ahead()
-        width, ahead = len(rows), self.steps.shape[1]
+        width, ahead, columns = len(rows), self.steps.shape[1], features.shape[-1]
         self.sample = np.empty((width, *model.sample_shape), np.float32)
-        self.features = np.empty((width, model.features), np.float32)
-        self.ahead = np.empty((ahead, width, model.features), np.float32)
+        self.features = np.empty((width, columns), np.float32)
+        self.ahead = np.empty((ahead, width, columns), np.float32)
         shape = (width, model.output_channels, *model.sample_shape[1:])
         self.output = np.empty(shape, np.float32)
         self.forecast = np.empty((ahead, width, *model.slot_shape), np.float32)

@@ -165,7 +165,7 @@ MODELS: dict[str, Case] = {
 }
 
 
-RULES = "rules: [{pattern: 'blokcs.*', precision: int8}, {pattern: '*', precision: float}]"
+RULES = "rules: [{pattern: 'blokcs.*', precision: w8a8}, {pattern: '*', precision: float}]"
 WITH_RECIPE = (*COMPILE, "--recipe", "r.yaml")
 RECIPES: dict[str, Case] = {
     "no steps": (nothing, (*COMPILE, "--steps", 0), "steps: got 0; input should be greater"),
@@ -192,7 +192,7 @@ RECIPES: dict[str, Case] = {
     ),
     "a misspelt rule": (write("r.yaml", RULES), WITH_RECIPE, r"'blokcs.\*' decides no layer"),
     "a layer without a rule": (
-        write("r.yaml", "rules: [{pattern: 'blocks.*', precision: int8}]"),
+        write("r.yaml", "rules: [{pattern: 'blocks.*', precision: w8a8}]"),
         WITH_RECIPE,
         "no rule matches layer 'final.proj'",
     ),

@@ -70,7 +70,7 @@ def test_any_flipped_bit_is_found(victim: Path, name: str, place: float, bit: in
     path = victim / name
     restore = flip(path, int(place * path.stat().st_size), bit)
     try:
-        with pytest.raises(BundleError, match=r"SHA-256 differs|damaged|expected 2; this bundle"):
+        with pytest.raises(BundleError, match=r"SHA-256 differs|damaged|expected 3; this bundle"):
             check(victim)
     finally:
         restore()
@@ -202,14 +202,14 @@ def rewrite(path: Path, edit: Callable[[dict[str, Any]], object]) -> None:
         (lambda m: m.update(engine="?"), "is damaged .Extra inputs are not permitted"),
         (lambda m: m["recipe"].update(speed=11), "is damaged .Extra inputs are not permitted"),
         (
-            lambda m: m.update(format_version=3),
-            "got format_version 3, expected 2; this bundle needs",
+            lambda m: m.update(format_version=4),
+            "got format_version 4, expected 3; this bundle needs",
         ),
         (
-            lambda m: m.update(format_version=1),  # whose graphs have other inputs
-            "got format_version 1, expected 2; this bundle needs",
+            lambda m: m.update(format_version=2),  # whose scales lie otherwise in their file
+            "got format_version 2, expected 3; this bundle needs",
         ),
-        (lambda m: m.pop("format_version"), "got format_version None, expected 2"),
+        (lambda m: m.pop("format_version"), "got format_version None, expected 3"),
         (lambda m: m["model"].pop("slot_shape"), "is damaged .Field required"),
         (lambda m: m.pop("model"), "is damaged .Field required"),
         (lambda m: m.update(files=[1]), "is damaged"),

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ditcast.errors import ConfigError
-from ditcast.recipe import SCHEMES, load, make
+from ditcast.recipe import PRECISIONS, load, make
 
 
 @pytest.fixture
@@ -33,12 +33,16 @@ def test_flags_go_on_top_of_the_file(recipe_file: Path) -> None:
 @given(
     steps=st.integers(1, 1000),
     guidance=st.floats(0, 20),
-    method=st.sampled_from(["absmax", "minmax", "percentile", "mse"]),
+    method=st.sampled_from(["absmax", "minmax", "percentile", "mse", "tfmq", "brecq"]),
+    labels=st.lists(st.integers(0, 999), max_size=3),
     rules=st.booleans(),
 )
-def test_a_recipe_survives_yaml(steps: int, guidance: float, method: str, rules: bool) -> None:
+def test_a_recipe_survives_yaml(
+    steps: int, guidance: float, method: str, labels: list[int], rules: bool
+) -> None:
     """Written as YAML and read again it is the same."""
     values: dict[str, Any] = {"steps": steps, "guidance": guidance, "method": method, "interval": 1}
+    values["labels"] = labels
     if rules:
         values["rules"] = [{"pattern": "*.fc2", "precision": "float"}]
     recipe = make(values)
@@ -47,10 +51,24 @@ def test_a_recipe_survives_yaml(steps: int, guidance: float, method: str, rules:
 
 def test_rules_of_a_scheme_and_of_a_recipe() -> None:
     """Own rules replace those of the scheme."""
-    assert make({}).layer_rules() == SCHEMES["w8a8"]
+    found = [(rule.pattern, rule.precision) for rule in make({}).layer_rules()]
+    assert found == [("blocks.*", "w8a8"), ("final.*", "float")]
     assert {rule.precision for rule in make({"scheme": "none"}).layer_rules()} == {"float"}
     own = make({"rules": [{"pattern": "*", "precision": "float"}]})
     assert [rule.pattern for rule in own.layer_rules()] == ["*"]
+
+
+@pytest.mark.parametrize("scheme", ["w8a8", "w7a8", "w6a6", "w4a8", "w4a16"])
+@pytest.mark.parametrize("temporal", ["fp", "naive", "tib", "cache", "select"])
+def test_rules_of_every_scheme(scheme: str, temporal: str) -> None:
+    """The TIB has rules only where it is quantized, and its first Linear stays in float."""
+    recipe = make({"scheme": scheme, "temporal": temporal})
+    found = [(rule.pattern, rule.precision) for rule in recipe.layer_rules()]
+    assert found[:2] == [("blocks.*", scheme), ("final.*", "float")]
+    inside = [("temporal.time.*.linear_1", "float"), ("temporal.*", scheme)]
+    assert found[2:] == ([] if temporal in ("fp", "cache") else inside)
+    assert recipe.feature_bits() == int(scheme.rpartition("a")[2])
+    assert f"w{PRECISIONS[scheme].weight}a{PRECISIONS[scheme].activation}" == scheme
 
 
 @pytest.mark.parametrize(
@@ -64,9 +82,32 @@ def test_rules_of_a_scheme_and_of_a_recipe() -> None:
         ({"guidance": -1}, "guidance: got -1"),
         ({"guidance": float("inf")}, "guidance: got inf"),
         (
-            {"scheme": "none", "rules": [{"pattern": "*", "precision": "int8"}]},
+            {"scheme": "none", "rules": [{"pattern": "*", "precision": "w8a8"}]},
             "rules: got a quantized layer under scheme none; expected scheme w8a8",
         ),
+        (
+            {"scheme": "none", "temporal": "cache"},
+            "temporal: got cache under scheme none; expected fp, or a scheme that quantizes",
+        ),
+        (
+            {"group": 16},
+            "group: got 16 with w8a8, whose integer kernels take one .*; use group 0, or scheme w4",
+        ),
+        (
+            {
+                "scheme": "w4a16",
+                "group": 16,
+                "rules": [
+                    {"pattern": "*.fc1", "precision": "w4a8"},
+                    {"pattern": "*", "precision": "w4a16"},
+                ],
+            },
+            "group: got 16 with w4a8",
+        ),
+        ({"group": -1}, "group: got -1; input should be greater than or equal to 0"),
+        ({"scheme": "w5a5"}, "scheme: got 'w5a5'; input should be 'w8a8'"),
+        ({"iterations": 0}, "iterations: got 0"),
+        ({"labels": ["cat"]}, "labels.0: got 'cat'; input should be a valid integer"),
         ({"percentile": 101}, "percentile: got 101"),
         ({"seed": -1}, "seed: got -1"),
         (
@@ -75,7 +116,7 @@ def test_rules_of_a_scheme_and_of_a_recipe() -> None:
         ),
         ({"rules": "all"}, "rules: got 'all'"),
         (
-            {"rules": [{"pattern": "*", "precision": "int8", "axis": 0}]},
+            {"rules": [{"pattern": "*", "precision": "w8a8", "axis": 0}]},
             "unknown key 'rules.0.axis'; expected one of pattern, precision",
         ),
         ({"rules": [{"pattern": "*", "precision": "int3"}]}, "rules.0.precision: got 'int3'"),
@@ -88,6 +129,11 @@ def test_bad_values_are_one_line(values: dict[str, Any], match: str) -> None:
     with pytest.raises(ConfigError, match=match) as caught:
         make(values)
     assert "\n" not in str(caught.value)
+
+
+def test_groups_are_for_float_inputs() -> None:
+    """Layers whose inputs stay in float run in float kernels, which take any weight scale."""
+    assert make({"scheme": "w4a16", "group": 128}).group == 128
 
 
 def test_without_a_cache_the_interval_does_not_matter() -> None:

@@ -11,6 +11,7 @@ from ditcast.runtime.backends.base import (
     NodeTime,
     Session,
     graph_file,
+    graphs_of,
 )
 from ditcast.settings import Settings
 
@@ -48,5 +49,6 @@ __all__ = [
     "NodeTime",
     "Session",
     "graph_file",
+    "graphs_of",
     "make_backend",
 ]

@@ -12,11 +12,10 @@ from numpy.typing import NDArray
 from ditcast.bundle import Bundle
 from ditcast.errors import BundleError
 from ditcast.manifest import REFERENCE, WEIGHTS
-from ditcast.recipe import WEIGHT_BITS
+from ditcast.recipe import PRECISIONS
 from ditcast.runtime.machine import available_memory_mib
 
 Arrays = Mapping[str, NDArray[Any]]
-QUANTIZED = ("full", "sampler")  # the graphs that hold quantized layers
 # How runtimes say that an allocation failed; none of them raises MemoryError for its own.
 OUT_OF_MEMORY = ("bad_alloc", "bad allocation", "failed to allocate", "out of memory")
 
@@ -48,8 +47,9 @@ def graph_file(bundle: Bundle, target: str, name: str) -> GraphFile:
     manifest, folder = bundle.manifest, f"graphs/{target}/"
     entries = [manifest.files[f"{folder}{file}"] for file in (path.name, WEIGHTS)]
     bits = 0
-    if target != REFERENCE and name in QUANTIZED and manifest.quantization is not None:
-        bits = max(WEIGHT_BITS[layer.precision] for layer in manifest.quantization.layers)
+    if target != REFERENCE and manifest.quantization is not None:
+        inside = [x for x in manifest.quantization.layers if name in graphs_of(x.name)]
+        bits = max((_integer_bits(layer.precision) for layer in inside), default=0)
     return GraphFile(
         path=path,
         identity=" ".join(entry.sha256 for entry in entries),
@@ -57,6 +57,17 @@ def graph_file(bundle: Bundle, target: str, name: str) -> GraphFile:
         size=sum(entry.size for entry in entries),
         once=name == "temporal",
     )
+
+
+def graphs_of(layer: str) -> tuple[str, str]:
+    """The step graph that a quantized layer is in, and the graph loop, which holds all."""
+    return "temporal" if layer.startswith("temporal.") else "full", "sampler"
+
+
+def _integer_bits(precision: str) -> int:
+    """Bits of a weight that is multiplied as an integer; 0 where the input stays in float."""
+    bits = PRECISIONS[precision]
+    return bits.weight if bits.activation < 16 else 0
 
 
 class NodeTime(NamedTuple):

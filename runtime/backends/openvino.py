@@ -162,21 +162,23 @@ class OpenVinoBackend:
                 f"{graph.weight_bits} bits would give wrong images; compile with --scheme w7a8, "
                 "or use --backend onnxruntime"
             )
-        return in_place(graph, self.threads) if graph.once else OpenVinoSession(self, graph)
+        if graph.once and not graph.weight_bits:
+            return in_place(graph, self.threads)
+        return OpenVinoSession(self, graph)
 
     def compile(self, model: Any, graph: GraphFile, variant: str, profiled: bool) -> Any:
         """Compile a graph of fixed shapes; a quantized one is kept for the next start.
 
         The float parts of a quantized graph run in OpenVINO's default precision, which is
         bfloat16 on CPUs with AMX; a graph without integers (weights of 0 bits) is full
-        precision and stays so.
+        precision and stays so, and so do temporal features, on which every step hangs.
         """
         settings: dict[str, Any] = {
             "INFERENCE_NUM_THREADS": self.threads,
             "PERFORMANCE_HINT": "LATENCY",
             "PERF_COUNT": profiled,
         }
-        if not graph.weight_bits:
+        if graph.once or not graph.weight_bits:
             settings["INFERENCE_PRECISION_HINT"] = "f32"
         if profiled or not graph.identity or not graph.weight_bits:
             return self.core.compile_model(model, DEVICE, settings)

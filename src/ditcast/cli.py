@@ -295,8 +295,12 @@ def _start(
 ) -> tuple[Bundle, LoadedModel]:
     """The recipe, the model, and the bundle to be filled."""
     given = {key: value for key, value in flags.items() if value is not None}
+    names = given.pop("labels", None)
     recipe = load_recipe(recipe_file, given)
     loaded = _load(model)
+    if names is not None:  # names of classes are the model's
+        labels = tuple(parse_labels(names, loaded.classes))
+        recipe = load_recipe(recipe_file, given | {"labels": labels})
     from ditcast.calibrate.stage import check
     from ditcast.models.base import describe
 

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from ditcast.errors import BundleError
 from ditcast.recipe import Recipe
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MANIFEST = "manifest.json"
 REFERENCE = "reference"  # the target of full precision
 WEIGHTS = "weights.data"  # in the folder of a target: the weights of all its graphs
@@ -57,12 +57,17 @@ class Layer(_Section):
 
 
 class Quantization(_Section):
-    """What calibration found; the scales themselves lie in `file`."""
+    """What calibration found; the scales themselves lie in `file`.
+
+    `stored` are the labels whose temporal features are stored in place of the TIB; None where
+    any label can be asked for.
+    """
 
     made_from: str
     file: str
     layers: tuple[Layer, ...]
     labels: tuple[int, ...]
+    stored: tuple[int, ...] | None = None
 
 
 class Graph(_Section):
@@ -89,6 +94,12 @@ class Manifest(_Section):
     reports: tuple[str, ...] = ()
     files: dict[str, FileEntry] = {}
     digest: str = ""
+
+    def stored_labels(self) -> tuple[int, ...] | None:
+        """The labels, without null, whose features are stored; None where there is the TIB."""
+        if self.quantization is None or self.quantization.stored is None:
+            return None
+        return self.quantization.stored[:-1]
 
     def fingerprint(self) -> str:
         """Hash of what the bundle is made from: model, class names, schedule and recipe."""

@@ -76,8 +76,11 @@ def recipe_options(command: F) -> F:
     """Add `--recipe` and one flag per recipe key, so that both have one definition."""
     for name, field in reversed(Recipe.model_fields.items()):
         kind = field.annotation
+        if name == "rules":
+            continue  # they are lists of mappings: YAML only
         if get_origin(kind) is tuple:
-            continue  # rules are lists of mappings: YAML only
+            command = click.option(f"--{name}", help=field.description)(command)
+            continue
         choice = click.Choice(get_args(kind)) if get_origin(kind) is Literal else kind
         help_text = f"{field.description}  [default: {field.default}]"
         command = click.option(f"--{name}", type=choice, help=help_text)(command)

@@ -3,44 +3,50 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ditcast.errors import ConfigError
 
-Method = Literal["absmax", "minmax", "percentile", "mse"]
-Target = Literal["reference", "onnxruntime"]
+Method = Literal["absmax", "minmax", "percentile", "mse", "tfmq", "brecq"]
+Scheme = Literal["w8a8", "w7a8", "w6a6", "w4a8", "w4a16", "none"]
+Precision = Literal["w8a8", "w7a8", "w6a6", "w4a8", "w4a16", "float"]
+
+
+class Bits(NamedTuple):
+    """Bits of a layer's weight and of its input; 16 is an input that stays in float."""
+
+    weight: int
+    activation: int
+
+
+FLOAT: Literal["float"] = "float"
+# Products of 7-bit weights cannot saturate in the u8 x s8 kernels of CPUs without VNNI, which
+# are faster than the exact ones.
+PRECISIONS: dict[str, Bits] = {
+    "w8a8": Bits(8, 8),
+    "w7a8": Bits(7, 8),
+    "w6a6": Bits(6, 6),
+    "w4a8": Bits(4, 8),
+    "w4a16": Bits(4, 16),
+    FLOAT: Bits(0, 16),
+}
+MODULES = ("naive", "tib", "select")  # ways to keep the temporal features that run the TIB
 
 
 class Rule(BaseModel):
     """One line of the quantization rules: the first pattern that matches a layer decides.
 
-    `pattern` is a shell pattern over layer names such as `blocks.*.mlp.fc2`.
+    `pattern` is a shell pattern over layer names such as `blocks.*.mlp.fc2`. Layers of the TIB
+    are called `temporal.…`; they are asked for only where it is quantized.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     pattern: str
-    precision: Literal["int8", "w7a8", "float"]
-
-
-# Bits of a weight at each precision; activations have 8. Products of 7-bit weights cannot
-# saturate in the u8 x s8 kernels of CPUs without VNNI, which are faster than the exact ones.
-WEIGHT_BITS = {"int8": 8, "w7a8": 7, "float": 0}
-# First and last layers stay in float; the TIB is not part of the denoiser graph at all.
-SCHEMES: dict[str, tuple[Rule, ...]] = {
-    "w8a8": (
-        Rule(pattern="blocks.*", precision="int8"),
-        Rule(pattern="final.*", precision="float"),
-    ),
-    "w7a8": (
-        Rule(pattern="blocks.*", precision="w7a8"),
-        Rule(pattern="final.*", precision="float"),
-    ),
-    "none": (Rule(pattern="*", precision="float"),),
-}
+    precision: Precision
 
 
 class Recipe(BaseModel):
@@ -57,12 +63,30 @@ class Recipe(BaseModel):
     guidance: float = Field(
         2.0, ge=0, allow_inf_nan=False, description="guidance scale; 1 or less is no guidance"
     )
-    scheme: Literal["w8a8", "w7a8", "none"] = Field("w8a8", description="quantization scheme")
-    method: Method = Field("absmax", description="range estimator of activations and weights")
+    scheme: Scheme = Field("w8a8", description="quantization scheme")
+    method: Method = Field("absmax", description="how ranges and roundings are found")
     percentile: float = Field(
         99.99, gt=50, le=100, description="share of values inside the range (--method percentile)"
     )
-    temporal: Literal["fp"] = Field("fp", description="how temporal features are kept")
+    balance: Literal["none", "smooth", "ptq4dit"] = Field(
+        "none", description="channel balancing between activations and weights"
+    )
+    group: int = Field(
+        0, ge=0, description="inputs that share a weight scale; 0 is all of an output channel's"
+    )
+    temporal: Literal["fp", "naive", "tib", "cache", "select"] = Field(
+        "fp", description="how temporal features are kept"
+    )
+    fsc: Literal["none", "tib", "all"] = Field(
+        "tib", description="where activation ranges are one per step (finite set calibration)"
+    )
+    labels: tuple[int, ...] = Field(
+        (), description="labels whose temporal features are stored (cache, select); empty is all"
+    )
+    iterations: int = Field(
+        500, ge=1, description="optimization steps per reconstructed block (papers: 20000)"
+    )
+    rows: int = Field(1024, ge=1, description="calibration rows that reconstruction sees")
     cache: Literal["none", "fora"] = Field("fora", description="cache policy")
     interval: int = Field(3, ge=1, description="steps from one full step to the next")
     samples: int = Field(32, ge=1, description="calibration trajectories")
@@ -83,13 +107,44 @@ class Recipe(BaseModel):
     @model_validator(mode="after")
     def _rules_fit(self) -> Recipe:
         """Rules that quantize, under a scheme that does not, are a contradiction."""
-        if self.scheme == "none" and any(rule.precision != "float" for rule in self.rules):
+        if self.scheme == "none" and any(rule.precision != FLOAT for rule in self.rules):
             raise ValueError("rules: got a quantized layer under scheme none; expected scheme w8a8")
+        if self.scheme == "none" and self.temporal != "fp":
+            raise ValueError(
+                f"temporal: got {self.temporal} under scheme none; expected fp, "
+                "or a scheme that quantizes"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _groups_fit(self) -> Recipe:
+        """No integer kernel takes several scales per output channel."""
+        kinds = {rule.precision for rule in self.layer_rules()} - {FLOAT}
+        whole = sorted(kind for kind in kinds if PRECISIONS[kind].activation < 16)
+        if self.group and whole:
+            raise ValueError(
+                f"group: got {self.group} with {whole[0]}, whose integer kernels take one weight "
+                "scale per output channel in every target; use group 0, or scheme w4a16"
+            )
         return self
 
     def layer_rules(self) -> tuple[Rule, ...]:
-        """The rules that apply: the recipe's own, else those of its scheme."""
-        return self.rules or SCHEMES[self.scheme]
+        """The rules that apply: the recipe's own, else those of its scheme.
+
+        First and last layers stay in float, and so does the TIB's first Linear (TFMQ-DM code).
+        """
+        if self.rules or self.scheme == "none":
+            return self.rules or (Rule(pattern="*", precision=FLOAT),)
+        rules = [Rule(pattern="blocks.*", precision=self.scheme)]
+        rules.append(Rule(pattern="final.*", precision=FLOAT))
+        if self.temporal in MODULES:
+            rules.append(Rule(pattern="temporal.time.*.linear_1", precision=FLOAT))
+            rules.append(Rule(pattern="temporal.*", precision=self.scheme))
+        return tuple(rules)
+
+    def feature_bits(self) -> int:
+        """Bits of stored temporal features: those of the scheme's activations."""
+        return PRECISIONS[self.scheme].activation
 
 
 def make(values: dict[str, Any]) -> Recipe:

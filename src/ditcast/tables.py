@@ -32,16 +32,18 @@ def show(rows: list[list[str]], right: int) -> None:
 
 def audit_rows(found: Audit) -> list[list[str]]:
     """Every quantized layer, then the kernels of everything else, then the whole step."""
-    roof = found.rates.get(found.weight_bits)
+    roof = found.roof
     rows = [["layer", "kernel", "precision", "ms", "share", "Gop/s", "of roof"]]
     for layer in found.layers:
-        precision = "integer" if layer.integer else "FLOAT"
-        of_roof = f"{layer.giga_ops / roof:.0%}" if roof else "-"
+        runs = "integer" if layer.integer else "FLOAT" if layer.wanted else "float"
         figures = [f"{layer.latency_ms:.2f}", f"{layer.share:.1%}"]
-        rows.append(
-            [layer.layer, layer.kernel, precision, *figures, f"{layer.giga_ops:.0f}", of_roof]
-        )
-    total = sum(found.other.values()) + sum(layer.latency_ms for layer in found.layers)
+        rates = ["-", "-"]
+        if layer.giga_ops and roof:
+            rates = [f"{layer.giga_ops:.0f}", f"{layer.giga_ops / roof:.0%}"]
+        name = f"{layer.layer} ({layer.precision})"
+        rows.append([name, layer.kernel, runs, *figures, *rates])
+    steps = [layer for layer in found.layers if not layer.layer.startswith("temporal.")]
+    total = sum(found.other.values()) + sum(layer.latency_ms for layer in steps)
     kernels = list(found.other.items())
     rest = sum(ms for _, ms in kernels[SHOWN_KERNELS:])
     for kernel, ms in [*kernels[:SHOWN_KERNELS], ("(others)", rest)]:
@@ -52,13 +54,21 @@ def audit_rows(found: Audit) -> list[list[str]]:
 
 def audit_lines(found: Audit) -> list[str]:
     """The verdict, and what this machine's integers are worth."""
-    counted = f"{len(found.layers) - len(found.lost)} of {len(found.layers)}"
-    lines = [f"FLOAT {layer.layer}: {layer.kernel}" for layer in found.lost]
-    lines.append(f"audit: {counted} quantized layers of {found.graph}.onnx run in integer kernels")
+    lost, wanted = found.lost, [layer for layer in found.layers if layer.wanted]
+    lines = [f"FLOAT {layer.layer}: {layer.kernel}" for layer in lost]
+    if wanted or not found.layers:
+        counted = f"{sum(layer.integer for layer in wanted)} of {len(wanted)}"
+        lines.append(
+            f"audit: {counted} quantized layers of {found.graph}.onnx run in integer kernels"
+        )
+    if len(found.layers) > len(wanted):
+        lines.append(
+            f"audit: {len(found.layers) - len(wanted)} layers have quantized weights only: "
+            "they are smaller, and run in float"
+        )
     lines.append(f"audit: the golden step comes out at {found.golden_db:.1f} dB")
-    if 0 in found.rates and found.weight_bits in found.rates:
-        roof = found.rates[found.weight_bits]
-        ratio = roof / found.rates[0]
+    if 0 in found.rates and found.roof is not None:
+        roof, ratio = found.roof, found.roof / found.rates[0]
         lines.append(
             f"audit: a large MatMul runs at {roof:.0f} Gop/s with {found.weight_bits}-bit weights "
             f"here, at {found.rates[0]:.0f} in float: {ratio:.2f} times"
@@ -68,9 +78,9 @@ def audit_lines(found: Audit) -> list[str]:
 
 def warn_of_slow_integers(found: Audit) -> None:
     """Say it where integers gain little: on CPUs without VNNI their kernels are hardly faster."""
-    if not found.layers or 0 not in found.rates:
+    if found.roof is None or 0 not in found.rates:
         return
-    ratio = found.rates[found.weight_bits] / found.rates[0]
+    ratio = found.roof / found.rates[0]
     if ratio >= PAYS:
         return
     seven = found.rates[7] / found.rates[0]

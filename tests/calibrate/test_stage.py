@@ -6,7 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
@@ -15,13 +15,14 @@ from torch import Tensor
 
 from ditcast import recipe as recipes
 from ditcast.bundle import Bundle
-from ditcast.calibrate import calibrate, qparams, stage
+from ditcast.calibrate import calibrate, collect, qparams, stage
+from ditcast.calibrate.collect import draw_labels
+from ditcast.calibrate.methods import METHODS
 from ditcast.calibrate.trajectory import sample
 from ditcast.errors import BundleError, ConfigError, UnsupportedError
 from ditcast.models import LoadedModel
 from ditcast.models.base import describe
 from ditcast.models.dit import DiTAdapter
-from ditcast.recipe import Method, Rule
 from ditcast.schedule import from_config
 from tests.conftest import RECIPE, TINY
 
@@ -76,7 +77,7 @@ def test_absmax_scales_are_those_of_the_trajectories(
         return linears[name].register_forward_pre_hook(hook)
 
     recipe, hooks = shared_bundle.manifest.recipe, [watch(name) for name in LAYERS]
-    labels = stage.draw_labels(recipe, tiny.adapter.num_classes)
+    labels = draw_labels(recipe, tiny.adapter.num_classes)
     for first in (0, 2):  # in the recipe's batches: another batch size has other last bits
         sample(
             tiny.adapter,
@@ -92,20 +93,28 @@ def test_absmax_scales_are_those_of_the_trajectories(
         hook.remove()
     assert shared_bundle.manifest.quantization is not None
     found = qparams.load(shared_bundle.file(shared_bundle.manifest.quantization.file))
-    assert found.keys() == set(LAYERS)
-    for name in LAYERS:
-        assert found[name].activation == pytest.approx(seen[name] / 127, rel=1e-6)
+    assert found.layers.keys() == set(LAYERS)
+    for name, held in found.layers.items():
+        assert float(held.activation) == pytest.approx(seen[name] / 127, rel=1e-6)
         largest = linears[name].weight.abs().amax(dim=1)
-        torch.testing.assert_close(found[name].weight, largest / 127)
+        torch.testing.assert_close(held.weight, largest / 127)
+        assert held.rounding is None
+        assert held.zero_point is None
+        assert held.bits == (8, 8)
+    assert (found.balance, found.outputs, found.stored) == ({}, None, None)
 
 
-def test_the_manifest_lists_what_is_quantized(shared_bundle: Bundle) -> None:
-    """Layers in network order with their block, and the labels of the trajectories."""
+def test_the_manifest_lists_what_is_quantized(
+    tiny: LoadedModel, shared_bundle: Bundle
+) -> None:
+    """Layers in network order with their block and shape, and the labels of the trajectories."""
     held = shared_bundle.manifest.quantization
     assert held is not None
     assert [layer.name for layer in held.layers] == LAYERS
     assert {layer.block for layer in held.layers[:2]} == {"blocks.0.attn"}
-    assert {layer.precision for layer in held.layers} == {"int8"}
+    assert {layer.precision for layer in held.layers} == {"w8a8"}
+    linears = tiny.adapter.linears()
+    assert [layer.shape for layer in held.layers] == [linears[n].weight.shape for n in LAYERS]
     assert len(held.labels) == RECIPE["samples"]
     assert all(0 <= label < 5 for label in held.labels)
     assert held.made_from == shared_bundle.manifest.fingerprint()
@@ -123,7 +132,7 @@ def test_the_same_recipe_gives_the_same_bytes(
     assert scales(other) != scales(shared_bundle)
 
 
-@pytest.mark.parametrize("method", get_args(Method))
+@pytest.mark.parametrize("method", [m for m in METHODS if not METHODS[m].reconstruct])
 def test_an_interrupted_run_is_taken_up(
     method: str,
     tiny: LoadedModel,
@@ -212,7 +221,7 @@ def test_a_calibrated_bundle_is_left_alone(
     tiny: LoadedModel, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The second call does no work."""
-    monkeypatch.setattr(stage, "sample", None)
+    monkeypatch.setattr(collect, "sample", None)
     before = bundle.manifest
     calibrate(bundle, tiny)
     assert Bundle.open(bundle.path).manifest == before
@@ -253,41 +262,28 @@ def test_a_layer_that_sees_only_zeros_has_a_scale(tmp_path: Path) -> None:
     calibrate(bundle, model)
     assert bundle.manifest.quantization is not None
     found = qparams.load(bundle.file(bundle.manifest.quantization.file))
-    assert found["blocks.0.attn.proj"].activation > 0
-
-
-INT8, FLOAT = "int8", "float"
-
-
-def rules(*pairs: tuple[str, str]) -> list[Rule]:
-    """Rules from (pattern, precision)."""
-    return [Rule.model_validate({"pattern": p, "precision": q}) for p, q in pairs]
-
-
-def test_the_first_rule_that_matches_decides() -> None:
-    """Later rules take what earlier ones left."""
-    names = ["blocks.0.mlp.fc1", "blocks.0.mlp.fc2", "final.proj"]
-    found = qparams.select(names, rules(("*.fc2", FLOAT), ("blocks.*", INT8), ("*", FLOAT)))
-    assert found == dict(zip(names, (INT8, FLOAT, FLOAT), strict=True))
+    scale = found.layers["blocks.0.attn.proj"].activation
+    assert scale is not None
+    assert scale > 0
 
 
 @pytest.mark.parametrize(
     ("given", "match"),
     [
-        ((("blokcs.*", INT8), ("*", FLOAT)), r"'blokcs.\*' decides no layer \(misspelt"),
+        ((("blokcs.*", "w8a8"), ("*", "float")), r"'blokcs.\*' decides no layer \(misspelt"),
         (
-            (("*", FLOAT), ("blocks.*", INT8)),
+            (("*", "float"), ("blocks.*", "w8a8")),
             r"'blocks.\*' decides no layer .*an earlier rule takes",
         ),
-        ((("blocks.*", INT8),), "no rule matches layer 'final.proj'; end the rules with one for"),
-        ((("BLOCKS.*", INT8), ("*", FLOAT)), r"the layers are blocks.0.attn.qkv, .*, final.proj"),
+        ((("blocks.*", "w8a8"),), "no rule matches layer 'final.proj'; end the rules with one for"),
+        ((("BLOCKS.*", "w8a8"), ("*", "float")), r"the layers are blocks.0.attn.qkv, .*, final.proj"),
     ],
 )
 def test_rules_that_do_not_fit_are_errors(
     given: tuple[tuple[str, str], ...], match: str, tiny: LoadedModel, tmp_path: Path
 ) -> None:
     """A rule without effect is a mistake, and so is a layer that nobody decided on."""
-    ruled = {"rules": [rule.model_dump() for rule in rules(*given)]}
+    ruled = {"rules": [{"pattern": p, "precision": q} for p, q in given]}
     with pytest.raises(ConfigError, match=match):
         stage.check(tiny, recipes.make(RECIPE | ruled))
     with pytest.raises(ConfigError, match=match):
@@ -295,8 +291,8 @@ def test_rules_that_do_not_fit_are_errors(
 
 
 def test_rules_choose_the_layers(tiny: LoadedModel, tmp_path: Path) -> None:
-    """Only what they call int8 gets scales."""
-    ruled = [{"pattern": "*.mlp.*", "precision": INT8}, {"pattern": "*", "precision": FLOAT}]
+    """Only what they do not call float gets scales."""
+    ruled = [{"pattern": "*.mlp.*", "precision": "w8a8"}, {"pattern": "*", "precision": "float"}]
     bundle = start(tiny, tmp_path / "ruled", rules=ruled)
     calibrate(bundle, tiny)
     assert bundle.manifest.quantization is not None

@@ -17,11 +17,12 @@ from onnx import numpy_helper
 
 from ditcast.bundle import Bundle
 from ditcast.calibrate import qparams
-from ditcast.calibrate.ranges import weight_codes
+from ditcast.calibrate.codes import weight_codes
 from ditcast.errors import UnsupportedError
 from ditcast.export import targets
 from ditcast.export.quantize import insert_qdq
 from ditcast.models import LoadedModel
+from ditcast.recipe import Bits
 from ditcast.runtime.backends import graph_file, make_backend
 
 TARGETS = ("reference", "onnxruntime")
@@ -191,13 +192,15 @@ def test_quantized_layers(shared_bundle: Bundle, tiny: LoadedModel, name: str) -
     prefix = "" if name == "full" else "full/"
     quantization = shared_bundle.manifest.quantization
     assert quantization is not None
-    scales = qparams.load(shared_bundle.file(quantization.file))
+    scales = qparams.load(shared_bundle.file(quantization.file)).layers
     for layer in layers(shared_bundle):
         at = f"{prefix}{layer}"
         quantize, restore = (nodes[f"{at}/{op}Linear"] for op in ("Quantize", "Dequantize"))
         weight, product = nodes[f"{at}/weight/DequantizeLinear"], nodes[f"{at}/MatMul"]
         assert list(quantize.input[1:]) == list(restore.input[1:])
-        assert held[quantize.input[1]] == np.float32(scales[layer].activation)
+        activation = scales[layer].activation
+        assert activation is not None
+        assert held[quantize.input[1]] == activation.numpy()
         zero_point = held[quantize.input[2]]
         assert zero_point.dtype == np.uint8
         assert zero_point.shape == ()
@@ -209,8 +212,8 @@ def test_quantized_layers(shared_bundle: Bundle, tiny: LoadedModel, name: str) -
         parameter = tiny.adapter.linears()[layer].weight.data
         codes = held[weight.input[0]]
         assert codes.dtype == np.int8
-        wanted = weight_codes(parameter, scales[layer].weight, scales[layer].bits)
-        assert scales[layer].bits == 8
+        wanted = weight_codes(parameter, scales[layer].weight, 8)
+        assert scales[layer].bits == (8, 8)
         np.testing.assert_array_equal(codes.T, wanted)
         np.testing.assert_array_equal(held[weight.input[1]], scales[layer].weight)
         bias = [held[i] for i in nodes[f"{at}/Add"].input if i in held]
@@ -319,7 +322,7 @@ def test_a_loop_runs_over_segments(shared_bundle: Bundle) -> None:
 
 def test_a_layer_that_is_no_matmul_cannot_be_quantized() -> None:
     """The error says which rule keeps it in float."""
-    scales = {"odd": qparams.LayerScales(activation=1.0, weight=torch.ones(1), bits=8)}
+    scales = {"odd": qparams.LayerScales(bits=Bits(8, 8), weight=torch.ones(1))}
     with pytest.raises(
         UnsupportedError, match=r"layer odd is no single MatMul .*{pattern: odd, precision: float}"
     ):

@@ -26,7 +26,6 @@ from ditcast.calibrate import calibrate
 from ditcast.errors import BundleError, ParityError
 from ditcast.export import parity, stage, to_onnx
 from ditcast.export.loop import LoopSpec, sampler_graph
-from ditcast.export.trace import trace
 from ditcast.models import LoadedModel
 from ditcast.models.base import describe
 from ditcast.runtime import Pipeline
@@ -42,26 +41,6 @@ def calibrated(bundle: Bundle) -> Bundle:
     bundle.commit({"graphs": (), "golden": ()}, replaces="graphs/")
     bundle.commit({}, replaces="golden/")
     return bundle
-
-
-@pytest.fixture(scope="session")
-def traced(tiny: LoadedModel) -> dict[tuple[str, ...], Any]:
-    """Step graphs of the tiny model by their outputs: tracing is what takes long."""
-    del tiny
-    return {}
-
-
-@pytest.fixture
-def quick(traced: dict[tuple[str, ...], Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Trace each step graph of the tiny model only once."""
-
-    def remembered(module: Any, arguments: Any, **options: Any) -> Any:
-        key = tuple(options["outputs"])
-        if key not in traced:
-            traced[key] = trace(module, arguments, **options)
-        return traced[key]
-
-    monkeypatch.setattr(stage, "trace", remembered)
 
 
 @pytest.mark.parametrize("name", ["temporal", "full", "reuse", "sampler"])
@@ -84,16 +63,17 @@ def test_golden_values_are_what_the_graphs_give(shared_bundle: Bundle) -> None:
     """Inputs of a full step and its outputs, so that any other machine can check itself."""
     assert shared_bundle.manifest.golden == ("golden/step.safetensors",)
     held = load_file(shared_bundle.file("golden/step.safetensors"))
-    feeds = {name: held[f"input.{name}"] for name in ("sample", "features", "ahead", "weights")}
-    outputs = {f"output.{target}" for target in ("reference", "onnxruntime")}
-    assert held.keys() == {f"input.{name}" for name in feeds} | outputs
-    assert feeds["ahead"].shape == (2, *feeds["features"].shape)
-    assert feeds["weights"].tolist() == [[1, 0, 0, 0], [1, 1, 1, 1]]
-    for target in ("reference", "onnxruntime"):
+    names, targets = ("sample", "features", "ahead", "weights"), ("reference", "onnxruntime")
+    inputs = {f"{target}.input.{name}" for target in targets for name in names}
+    assert held.keys() == inputs | {f"{target}.output" for target in targets}
+    for target in targets:
+        feeds = {name: held[f"{target}.input.{name}"] for name in names}
+        assert feeds["ahead"].shape == (2, *feeds["features"].shape)
+        assert feeds["weights"].tolist() == [[1, 0, 0, 0], [1, 1, 1, 1]]
         session = make_backend("onnxruntime").session(graph_file(shared_bundle, target, "full"))
         found = session.run(feeds, ["output"])["output"]
-        np.testing.assert_allclose(found, held[f"output.{target}"], rtol=0, atol=1e-5)
-    assert not np.array_equal(held["output.reference"], held["output.onnxruntime"])
+        np.testing.assert_allclose(found, held[f"{target}.output"], rtol=0, atol=1e-5)
+    assert not np.array_equal(held["reference.output"], held["onnxruntime.output"])
 
 
 @pytest.mark.usefixtures("quick")

@@ -37,10 +37,10 @@ def test_a_target_is_added_to_a_bundle(bundle: Bundle, tiny: LoadedModel) -> Non
     golden = found.manifest.golden[0]
     kept = {name: entry for name, entry in before.items() if name != golden}
     assert kept.items() <= found.manifest.files.items()
-    assert {key for key in tensors.load(found.file(golden))[0] if key.startswith("output.")} == {
-        "output.reference",
-        "output.onnxruntime",
-        "output.openvino",
+    assert {key for key in tensors.load(found.file(golden))[0] if key.endswith(".output")} == {
+        "reference.output",
+        "onnxruntime.output",
+        "openvino.output",
     }
     assert found.verify() == len(before) + 4
     to_onnx(found, tiny, ["openvino"])  # nothing left to do

@@ -18,6 +18,7 @@ from ditcast.bundle import Bundle
 from ditcast.cache import StepPlan
 from ditcast.cache.plan import hold
 from ditcast.calibrate import qparams, trajectory
+from ditcast.calibrate.simulate import quantized
 from ditcast.models import LoadedModel
 from ditcast.runtime import Pipeline
 from ditcast.schedule import from_config
@@ -246,7 +247,7 @@ def test_integer_graphs_sample_as_their_simulation(
     quantization = shared_bundle.manifest.quantization
     assert quantization is not None
     scales = qparams.load(shared_bundle.file(quantization.file))
-    with qparams.quantized(tiny.adapter.linears(), scales):
+    with quantized(tiny.adapter, scales):
         simulated = trajectory.sample(
             tiny.adapter,
             from_config(tiny.scheduler),

@@ -4,13 +4,52 @@ from __future__ import annotations
 
 import importlib.metadata
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from ditcast.manifest import FORMAT_VERSION, Manifest, ModelInfo
 from ditcast.recipe import Recipe
+
+
+class Part(NamedTuple):
+    """One piece of the network in order: `module(h, features[:, columns]) -> h`.
+
+    The module's Linears are the denoiser's under `name`, such as `blocks.3`. Its features are
+    `vectors` of equal length, such as a block's six modulations.
+    """
+
+    name: str
+    module: nn.Module
+    columns: slice
+    vectors: int
+
+
+def vector_slices(parts: tuple[Part, ...]) -> list[slice]:
+    """The columns of every vector of the features, in order."""
+    found = []
+    for part in parts:
+        width = (part.columns.stop - part.columns.start) // part.vectors
+        starts = range(part.columns.start, part.columns.stop, width)
+        found += [slice(start, start + width) for start in starts]
+    return found
+
+
+class Modulated(NamedTuple):
+    """Where in F the rows lie that make a Linear's input: `norm * (1 + scale) + shift`."""
+
+    shift: int
+    scale: int
+    width: int
+
+
+class Temporal(nn.Module):
+    """What gives the temporal features: (timesteps [T] float32, class_labels [U]) -> [T,U,F]."""
+
+    def part(self, index: int, timesteps: Tensor, class_labels: Tensor) -> Tensor:
+        """The features of one part of the network for N pairs, (N,) and (N,)."""
+        raise NotImplementedError
 
 
 class Adapter(Protocol):
@@ -24,15 +63,32 @@ class Adapter(Protocol):
     output_channels: int
     num_classes: int
     slots: tuple[str, ...]  # in network order, such as `blocks.0.attn`
-    temporal: nn.Module  # (timesteps [T] float32, class_labels [U]) -> features [T,U,F]
+    temporal: Temporal
     slot_shape: tuple[int, int]  # (S, D), tokens and width of a slot's output
     # (sample [N,C,H,W], features [N,F], ahead [R,N,F], weights [R,slots])
     # -> (output [N,C',H,W], forecast [R,N,S,D])
     denoiser: nn.Module
     reuse: nn.Module  # (sample, features, forecast [N,S,D]) -> output
+    stem: nn.Module  # sample -> h [N,S,D], what the first part takes
+    parts: tuple[Part, ...]  # after the stem, in network order
 
     def linears(self) -> dict[str, nn.Linear]:
         """The denoiser's Linears by layer name, in network order: what can be quantized."""
+        ...
+
+    def temporal_linears(self) -> dict[str, nn.Linear]:
+        """The Linears of the TIB by layer name, which starts with `temporal.`."""
+        ...
+
+    def modulated(self) -> dict[str, Modulated]:
+        """The Linears whose input a factor can be folded into through the features."""
+        ...
+
+    def chained(self) -> dict[str, tuple[str, int]]:
+        """Linears whose inputs are, channel by channel, linear in outputs of another one.
+
+        Maps a layer to that one and to the first of those outputs.
+        """
         ...
 
 

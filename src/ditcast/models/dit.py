@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ditcast.errors import UnsupportedError
+from ditcast.models.base import Modulated, Part, Temporal
 from ditcast.models.operators import attention
 
 ACTIVATIONS = {"gelu": "none", "gelu-approximate": "tanh"}
 
 
-class TemporalFeatures(nn.Module):
+class TemporalFeatures(Temporal):
     """The TIB: per block timestep and label embedders, SiLU and modulation Linear.
 
     diffusers keeps a whole set of embedders in every block; the final layer reuses those of
@@ -47,16 +48,33 @@ class TemporalFeatures(nn.Module):
 
     def forward(self, timesteps: Tensor, class_labels: Tensor) -> Tensor:
         """(T,) float32 and (U,) int64 -> features (T, U, F)."""
-        angles = timesteps[:, None] * self.frequencies[None]
-        sinusoid = torch.cat([torch.cos(angles), torch.sin(angles)], dim=-1)  # (T, 256)
+        sinusoid = self._sinusoid(timesteps)
         parts = []
-        for i, (time, label) in enumerate(zip(self.time, self.label, strict=True)):
-            condition = time(sinusoid)[:, None] + label(class_labels)[None]  # (T, U, D)
-            condition = functional.silu(condition)
-            parts.append(self.modulation[i](condition))
+        for i, modulation in enumerate(self.modulation):
+            condition = self._condition(i, sinusoid, class_labels)
+            parts.append(modulation(condition))
             if i == 0:
                 final = self.final(condition)
         return torch.cat([*parts, final], dim=-1)
+
+    def part(self, index: int, timesteps: Tensor, class_labels: Tensor) -> Tensor:
+        """The features of one part of the network for pairs (N,) and (N,); the last is final."""
+        last = index == len(self.modulation)
+        sinusoid = self._sinusoid(timesteps)
+        owner = 0 if last else index
+        time, label = self.time[owner](sinusoid), self.label[owner](class_labels)
+        condition = functional.silu(time + label)
+        found: Tensor = (self.final if last else self.modulation[index])(condition)
+        return found
+
+    def _sinusoid(self, timesteps: Tensor) -> Tensor:
+        angles = timesteps[:, None] * self.frequencies[None]
+        return torch.cat([torch.cos(angles), torch.sin(angles)], dim=-1)  # (T, 256)
+
+    def _condition(self, index: int, sinusoid: Tensor, class_labels: Tensor) -> Tensor:
+        """What the modulations of a block see: (T, U, D)."""
+        time, label = self.time[index](sinusoid), self.label[index](class_labels)
+        return functional.silu(time[:, None] + label[None])
 
 
 class Attention(nn.Module):
@@ -108,6 +126,24 @@ class Block(nn.Module):
         self.attn = Attention(block.attn1)
         self.mlp = Mlp(block.ff, approximate)
 
+    def forward(self, h: Tensor, features: Tensor) -> Tensor:
+        """(N, S, D) and the block's features (N, 6 D) -> (N, S, D)."""
+        return self.slots(h, features)[0]
+
+    def slots(self, h: Tensor, features: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """The same, with the output Y of both slots before its gate."""
+        rows = features.chunk(6, dim=-1)
+        h, first = self._slot(h, self.norm1, self.attn, rows[:3])
+        h, second = self._slot(h, self.norm2, self.mlp, rows[3:])
+        return h, (first, second)
+
+    def _slot(
+        self, h: Tensor, norm: nn.Module, module: nn.Module, rows: tuple[Tensor, ...]
+    ) -> tuple[Tensor, Tensor]:
+        shift, scale, gate = rows
+        y = module(norm(h) * (1 + scale[:, None]) + shift[:, None])
+        return h + gate[:, None] * y, y
+
 
 class FinalLayer(nn.Module):
     """Norm, modulation, projection and un-patching."""
@@ -119,8 +155,9 @@ class FinalLayer(nn.Module):
         self.patch, self.channels = model.config.patch_size, model.out_channels
         self.grid = model.config.sample_size // model.config.patch_size
 
-    def forward(self, h: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-        """(N, S, D) and (N, D) twice -> (N, C', H, W)."""
+    def forward(self, h: Tensor, features: Tensor) -> Tensor:
+        """(N, S, D) and its features (N, 2 D) -> (N, C', H, W)."""
+        shift, scale = features.chunk(2, dim=-1)
         h = self.proj(self.norm(h) * (1 + scale[:, None]) + shift[:, None])
         g, p, c = self.grid, self.patch, self.channels
         h = h.reshape(-1, g, g, p, p, c).permute(0, 5, 1, 3, 2, 4)  # (N, C', g, p, g, p)
@@ -150,21 +187,18 @@ class Denoiser(nn.Module):
         `forecast[r] = sum_k weights[r, k] * gate_k(ahead[r]) * Y_k`. It is summed up while Y is
         at hand, because a Y that is written down and read again costs more than it is worth.
         """
-        parts: tuple[Tensor, ...] = features.split(self.width, dim=-1)
+        widths = [6 * self.width] * len(self.blocks) + [2 * self.width]
+        *parts, last = features[:, : sum(widths)].split(widths, dim=-1)
         gates = self._gates(ahead, weights)
         h = self.patch_embed(sample)  # (N, S, D)
         forecast = None
-        for i, block in enumerate(self.blocks):
-            for j, (norm, module) in enumerate(
-                ((block.norm1, block.attn), (block.norm2, block.mlp))
-            ):
-                shift, scale, gate = parts[6 * i + 3 * j : 6 * i + 3 * j + 3]
-                y = module(norm(h) * (1 + scale[:, None]) + shift[:, None])
-                h = h + gate[:, None] * y
-                part = gates[2 * i + j] * y
-                forecast = part if forecast is None else forecast + part
+        for i, (block, part) in enumerate(zip(self.blocks, parts, strict=True)):
+            h, outputs = block.slots(h, part)
+            for j, y in enumerate(outputs):
+                added = gates[2 * i + j] * y
+                forecast = added if forecast is None else forecast + added
         assert forecast is not None  # a model has blocks
-        return self.final(h, *parts[-2:]), forecast
+        return self.final(h, last), forecast
 
     def _gates(self, ahead: Tensor, weights: Tensor) -> tuple[Tensor, ...]:
         """The weighted gate of every slot at the steps ahead, one (R, N, 1, D) per slot."""
@@ -184,12 +218,13 @@ class Reuse(nn.Module):
         """Share the embedding and the final layer of `denoiser`."""
         super().__init__()
         self.patch_embed, self.final = denoiser.patch_embed, denoiser.final
-        self.width = denoiser.width
+        last = 6 * denoiser.width * len(denoiser.blocks)
+        self.columns = slice(last, last + 2 * denoiser.width)
 
     def forward(self, sample: Tensor, features: Tensor, forecast: Tensor) -> Tensor:
         """(N, C, H, W), (N, F), (N, S, D) -> output (N, C', H, W)."""
-        shift, scale = features[:, -2 * self.width :].split(self.width, dim=-1)
-        output: Tensor = self.final(self.patch_embed(sample) + forecast, shift, scale)
+        h = self.patch_embed(sample) + forecast
+        output: Tensor = self.final(h, features[:, self.columns])
         return output
 
 
@@ -217,13 +252,44 @@ class DiTAdapter:
         self.num_classes = config.num_embeds_ada_norm
         names = [(f"blocks.{i}.attn", f"blocks.{i}.mlp") for i in range(config.num_layers)]
         self.slots = tuple(name for pair in names for name in pair)
-        self.temporal: nn.Module = TemporalFeatures(model).eval()
+        self.temporal: Temporal = TemporalFeatures(model).eval().requires_grad_(False)
         denoiser = Denoiser(model).eval().requires_grad_(False)
         self.denoiser: nn.Module = denoiser
         self.reuse: nn.Module = Reuse(denoiser).eval()
         self.slot_shape = ((size // config.patch_size) ** 2, model.inner_dim)
+        self.stem = denoiser.patch_embed
+        width, layers = model.inner_dim, config.num_layers
+        self.parts = (
+            *(
+                Part(f"blocks.{i}", block, slice(6 * width * i, 6 * width * (i + 1)), 6)
+                for i, block in enumerate(denoiser.blocks)
+            ),
+            Part("final", denoiser.final, slice(6 * width * layers, (6 * layers + 2) * width), 2),
+        )
 
     def linears(self) -> dict[str, nn.Linear]:
         """The Linears of the blocks and of the final layer."""
-        named = self.denoiser.named_modules()
-        return {name: module for name, module in named if isinstance(module, nn.Linear)}
+        return _linears(self.denoiser)
+
+    def temporal_linears(self) -> dict[str, nn.Linear]:
+        """The Linears of the TIB; the label tables are looked up, not multiplied."""
+        return {f"temporal.{name}": linear for name, linear in _linears(self.temporal).items()}
+
+    def modulated(self) -> dict[str, Modulated]:
+        """The Linears behind a modulated norm: every block's first of each slot."""
+        width = self.slot_shape[1]
+        found = {}
+        for i in range(len(self.slots) // 2):
+            for j, layer in enumerate(("attn.qkv", "mlp.fc1")):
+                shift = (6 * i + 3 * j) * width
+                found[f"blocks.{i}.{layer}"] = Modulated(shift, shift + width, width)
+        return found
+
+    def chained(self) -> dict[str, tuple[str, int]]:
+        """The attention's output Linear mixes values, which qkv's last third of rows makes."""
+        first, blocks = 2 * self.slot_shape[1], range(len(self.slots) // 2)
+        return {f"blocks.{i}.attn.proj": (f"blocks.{i}.attn.qkv", first) for i in blocks}
+
+
+def _linears(module: nn.Module) -> dict[str, nn.Linear]:
+    return {name: m for name, m in module.named_modules() if isinstance(m, nn.Linear)}

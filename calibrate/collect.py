@@ -1,0 +1,161 @@
+"""One pass over calibration trajectories, in which modules are watched; it can be taken up."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ditcast import tensors
+from ditcast.bundle import Bundle
+from ditcast.calibrate.ranges import Observer, State
+from ditcast.calibrate.trajectory import sample
+from ditcast.errors import BundleError, ConfigError
+from ditcast.models import LoadedModel
+from ditcast.progress import counting, say
+from ditcast.recipe import Recipe
+from ditcast.schedule import from_config
+
+
+class Watch(NamedTuple):
+    """What an observer sees of a module's input: all steps together, or each for itself."""
+
+    name: str
+    module: nn.Module
+    observer: Observer
+    stepwise: bool = False
+
+
+States = dict[str, list[State]]  # of each watch: one state, or one per step
+
+
+def draw_labels(recipe: Recipe, num_classes: int) -> list[int]:
+    """The label of each calibration trajectory, from the recipe's seed: only stored ones."""
+    rng = np.random.default_rng([recipe.seed, 0xCA11B])
+    pool = sorted(set(recipe.labels)) or range(num_classes)
+    return [pool[int(i)] for i in rng.integers(0, len(pool), recipe.samples)]
+
+
+def collect(bundle: Bundle, model: LoadedModel, name: str, watches: Sequence[Watch]) -> States:
+    """The states of all watches after the recipe's trajectories.
+
+    An interrupted pass is taken up after its last whole batch; `name` is that of its file.
+
+    Raises:
+        ConfigError: NaN or Inf in a trajectory.
+        BundleError: an interrupted calibration of another model or recipe.
+    """
+    recipe, fingerprint = bundle.manifest.recipe, bundle.manifest.fingerprint()
+    progress = bundle.scratch("calibration") / f"{name}.safetensors"
+    states: States = {
+        w.name: [{} for _ in range(recipe.steps if w.stepwise else 1)] for w in watches
+    }
+    done = resume(progress, fingerprint, states)
+    labels = draw_labels(recipe, model.adapter.num_classes)
+    batches = range(done, recipe.samples, recipe.batch)
+    if done:
+        say(f"calibrating: resuming after {done} of {recipe.samples} trajectories")
+    schedule = from_config(model.scheduler)
+    with counting("calibrating", len(batches) * recipe.steps) as advance:
+        for first in batches:
+            last = min(first + recipe.batch, recipe.samples)
+            with _watching(watches, states, advance) as callback:
+                sample(
+                    model.adapter,
+                    schedule,
+                    sampler=recipe.sampler,
+                    steps=recipe.steps,
+                    guidance=recipe.guidance,
+                    seed=recipe.seed,
+                    indices=range(first, last),
+                    labels=labels[first:last],
+                    callback=callback,
+                )
+            for watch in watches:
+                states[watch.name] = [watch.observer.end_batch(s) for s in states[watch.name]]
+            keep(progress, fingerprint, states, last)
+    return states
+
+
+@contextlib.contextmanager
+def _watching(
+    watches: Sequence[Watch], states: States, advance: Callable[[], None]
+) -> Iterator[Callable[[int], None]]:
+    """While active, every input goes to its observer; yields the step callback."""
+    current = 0
+
+    def next_step(done: int) -> None:
+        nonlocal current
+        current = done + 1
+        advance()
+
+    def hook_of(watch: Watch) -> torch.utils.hooks.RemovableHandle:
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            del module
+            check_finite(args[0], watch.name, current)
+            found = states[watch.name]
+            i = current if watch.stepwise else 0
+            found[i] = watch.observer.observe(found[i], args[0])
+
+        return watch.module.register_forward_pre_hook(hook)
+
+    hooks = [hook_of(watch) for watch in watches]
+    try:
+        yield next_step
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def check_finite(x: Tensor, layer: str, step: int) -> None:
+    """Refuse a trajectory that overflowed.
+
+    Raises:
+        ConfigError: naming layer and step.
+    """
+    if not bool(torch.isfinite(x).all()):
+        raise ConfigError(
+            f"calibration: NaN or Inf in the input of layer {layer} at step {step}; "
+            "the model overflows with this sampler and guidance, try other values"
+        )
+
+
+def keep(path: Path, fingerprint: str, states: States, done: int) -> None:
+    """Write states and how much is in them, by temporary file and rename."""
+    flat = {
+        f"{name}|{i}|{key}": tensor.numpy()
+        for name, found in states.items()
+        for i, state in enumerate(found)
+        for key, tensor in state.items()
+    }
+    partial = path.with_suffix(".tmp")
+    tensors.save(flat, partial, {"fingerprint": fingerprint, "done": str(done)})
+    partial.replace(path)
+
+
+def resume(path: Path, fingerprint: str, states: States) -> int:
+    """Fill in what an interrupted run left; returns how much of it is done.
+
+    Raises:
+        BundleError: it is of another model or recipe.
+    """
+    if not path.is_file():
+        return 0
+    try:
+        flat, metadata = tensors.load(path)
+    except BundleError as err:
+        say(f"calibrating: starting afresh, what an interrupted run left is unreadable ({err})")
+        return 0
+    if metadata["fingerprint"] != fingerprint:
+        raise BundleError(
+            f"calibration: {path} is of another model or recipe; remove it to start afresh"
+        )
+    for key, array in flat.items():
+        name, i, field = key.split("|")
+        states[name][int(i)][field] = torch.from_numpy(array)
+    return int(metadata["done"])

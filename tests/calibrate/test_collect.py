@@ -1,0 +1,252 @@
+"""Passes over trajectories and walks over parts, interrupted and taken up again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ditcast import recipe as recipes
+from ditcast.bundle import Bundle
+from ditcast.calibrate import blocks, calibrate
+from ditcast.calibrate.collect import Watch, collect, draw_labels
+from ditcast.calibrate.ranges import CHANNELS, INPUTS, OBSERVERS
+from ditcast.calibrate.trajectory import sample
+from ditcast.errors import BundleError, ConfigError
+from ditcast.models import LoadedModel
+from ditcast.models.base import describe
+from ditcast.schedule import from_config
+from tests.conftest import RECIPE
+
+QUICK: dict[str, Any] = {"iterations": 4, "rows": 12, "steps": 4}
+
+
+def start(model: LoadedModel, path: Path, **keys: Any) -> Bundle:
+    """An uncalibrated bundle."""
+    return Bundle.create(path, describe(model, recipes.make(RECIPE | keys)))
+
+
+def calibration(bundle: Bundle) -> bytes:
+    """The scales file, byte for byte."""
+    assert bundle.manifest.quantization is not None
+    return bundle.file(bundle.manifest.quantization.file).read_bytes()
+
+
+def stop_after(saved: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Press Ctrl-C as soon as a file of that name has been written."""
+    replace = Path.replace
+
+    def wrapper(self: Path, target: Path) -> Path:
+        found = replace(self, target)
+        if Path(target).name == saved:
+            raise KeyboardInterrupt
+        return found
+
+    monkeypatch.setattr(Path, "replace", wrapper)
+
+
+def interrupt(
+    model: LoadedModel, path: Path, keys: dict[str, Any], saved: str, patch: pytest.MonkeyPatch
+) -> None:
+    """Leave a bundle there whose calibration ended when it had written that file."""
+    with patch.context() as inside:
+        stop_after(saved, inside)
+        with pytest.raises(KeyboardInterrupt):
+            calibrate(start(model, path, **keys), model)
+    assert (path / ".staging" / "calibration" / saved).is_file()
+
+
+@pytest.mark.parametrize(
+    ("keys", "saved"),
+    [
+        ({"method": "mse", "fsc": "all"}, "states.safetensors"),
+        ({"balance": "ptq4dit"}, "channels.safetensors"),
+        ({"balance": "ptq4dit"}, "states.safetensors"),
+        ({"method": "tfmq", "temporal": "tib"}, "inputs.safetensors"),
+        ({"method": "tfmq", "temporal": "tib"}, "part-000.safetensors"),
+        ({"method": "brecq", "fsc": "all"}, "part-000.safetensors"),
+        ({"method": "brecq", "balance": "smooth"}, "part-001.safetensors"),
+        ({"method": "tfmq", "temporal": "naive", "scheme": "w4a8"}, "part-000.safetensors"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value.values())),
+)
+def test_an_interrupted_run_ends_in_the_same_bytes(
+    tiny: LoadedModel,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    keys: dict[str, Any],
+    saved: str,
+) -> None:
+    """After a batch of every kind of pass, and between two reconstructed parts."""
+    whole = start(tiny, tmp_path / "whole", **(QUICK | keys))
+    calibrate(whole, tiny)
+    interrupt(tiny, tmp_path / "begun", QUICK | keys, saved, monkeypatch)
+    resumed = Bundle.open(tmp_path / "begun")
+    assert resumed.manifest.quantization is None
+    calibrate(resumed, tiny)
+    assert calibration(resumed) == calibration(whole)
+    assert not (resumed.path / ".staging").exists()
+
+
+def test_reconstructed_parts_are_not_made_again(
+    tiny: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two blocks have layers to reconstruct; after the first one was kept, one is left."""
+    keys = QUICK | {"method": "tfmq"}
+    interrupt(tiny, tmp_path / "b", keys, "part-000.safetensors", monkeypatch)
+    calls: list[int] = []
+    reconstruct = blocks.reconstruct
+
+    def counted(*arguments: Any, **options: Any) -> float:
+        calls.append(options["iterations"])
+        return reconstruct(*arguments, **options)
+
+    monkeypatch.setattr(blocks, "reconstruct", counted)
+    calibrate(Bundle.open(tmp_path / "b"), tiny)
+    assert calls == [4]
+
+
+def test_an_unreadable_part_is_made_again(
+    tiny: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a dying disk left of a part is not fatal, only lost."""
+    keys = QUICK | {"method": "tfmq"}
+    whole = start(tiny, tmp_path / "whole", **keys)
+    calibrate(whole, tiny)
+    part = "part-000.safetensors"
+    interrupt(tiny, tmp_path / "b", keys, part, monkeypatch)
+    (tmp_path / "b" / ".staging" / "calibration" / part).write_bytes(b"not safetensors")
+    resumed = Bundle.open(tmp_path / "b")
+    calibrate(resumed, tiny)
+    assert calibration(resumed) == calibration(whole)
+
+
+@pytest.mark.parametrize(
+    ("method", "saved"), [("tfmq", "part-000.safetensors"), ("absmax", "states.safetensors")]
+)
+def test_work_on_another_recipe_is_refused(
+    tiny: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, saved: str
+) -> None:
+    """Also where the manifest was removed in between, so that nothing else tells them apart."""
+    keys = QUICK | {"method": method}
+    interrupt(tiny, tmp_path / "b", keys, saved, monkeypatch)
+    (tmp_path / "b" / "manifest.json").unlink()
+    other = start(tiny, tmp_path / "b", **(keys | {"seed": 1}))
+    with pytest.raises(BundleError, match="is of another model or recipe; remove it to start"):
+        calibrate(other, tiny)
+
+
+@pytest.fixture
+def watches(tiny: LoadedModel) -> Iterator[Callable[[], list[Watch]]]:
+    """One watch of each kind, on two layers and the stem."""
+    linears = tiny.adapter.linears()
+    qkv, fc2 = linears["blocks.0.attn.qkv"], linears["blocks.1.mlp.fc2"]
+
+    def make() -> list[Watch]:
+        return [
+            Watch("whole", qkv, OBSERVERS["absmax"]),
+            Watch("steps", qkv, OBSERVERS["absmax"], stepwise=True),
+            Watch("channels", fc2, CHANNELS, stepwise=True),
+            Watch("inputs", tiny.adapter.stem, INPUTS, stepwise=True),
+        ]
+
+    yield make
+    assert not qkv._forward_pre_hooks  # nothing is left behind
+    assert not fc2._forward_pre_hooks
+
+
+def test_a_pass_sees_every_step_of_every_trajectory(
+    tiny: LoadedModel, tmp_path: Path, watches: Callable[[], list[Watch]]
+) -> None:
+    """Together or step by step, both rows of guidance; and inputs in the order of trajectories."""
+    bundle = start(tiny, tmp_path / "b")
+    found = collect(bundle, tiny, "test", watches())
+    assert {name: len(states) for name, states in found.items()} == {
+        "whole": 1,
+        "steps": 6,
+        "channels": 6,
+        "inputs": 6,
+    }
+    each = [float(state["absmax"]) for state in found["steps"]]
+    assert max(each) == float(found["whole"][0]["absmax"])
+    assert len(set(each)) == 6
+    assert found["channels"][0]["channels"].shape == (256,)
+    inputs = [state["inputs"] for state in found["inputs"]]
+    assert {x.shape for x in inputs} == {(8, 3, 16, 16)}  # 4 trajectories, twice with guidance
+    first = inputs[0].unflatten(0, (2, 2, 2))  # batches of two: two conditional rows, two null
+    assert torch.equal(first[:, 0], first[:, 1])  # both start at the same noise
+    last = inputs[5].unflatten(0, (2, 2, 2))
+    wanted = by_hand(tiny, bundle)
+    torch.testing.assert_close(last[:, 0].flatten(0, 1), wanted, rtol=0, atol=1e-4)
+
+
+def by_hand(tiny: LoadedModel, bundle: Bundle) -> Tensor:
+    """What enters the last step of the recipe's trajectories, (samples, C, H, W)."""
+    recipe = bundle.manifest.recipe
+    return sample(
+        tiny.adapter,
+        from_config(tiny.scheduler),
+        sampler=recipe.sampler,
+        steps=recipe.steps,
+        guidance=recipe.guidance,
+        seed=recipe.seed,
+        indices=range(recipe.samples),
+        labels=draw_labels(recipe, tiny.adapter.num_classes),
+        stop_after=recipe.steps - 1,
+    )
+
+
+def test_without_guidance_there_are_no_null_rows(
+    tiny: LoadedModel, tmp_path: Path, watches: Callable[[], list[Watch]]
+) -> None:
+    found = collect(start(tiny, tmp_path / "b", guidance=1.0), tiny, "test", watches())
+    assert found["inputs"][0]["inputs"].shape == (4, 3, 16, 16)
+
+
+def test_overflow_is_found_by_every_pass(
+    tiny: LoadedModel, tmp_path: Path, watches: Callable[[], list[Watch]]
+) -> None:
+    """The first module that sees it is named, with the step."""
+    bundle = start(tiny, tmp_path / "b", guidance=1e38)
+    with pytest.raises(ConfigError, match="NaN or Inf in the input of layer .* at step 1"):
+        collect(bundle, tiny, "test", watches())
+
+
+def test_reconstruction_takes_equally_many_rows_of_every_step(
+    tiny: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Drawn from conditional and null rows, with the label, timestep and bin of each."""
+    seen: list[blocks.Rows] = []
+
+    class Spy(blocks.Walk):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            seen.append(self.rows)
+
+    monkeypatch.setattr("ditcast.calibrate.stage.Walk", Spy)
+    bundle = start(tiny, tmp_path / "b", method="tfmq", iterations=1, rows=27, fsc="all")
+    calibrate(bundle, tiny)
+    (rows,) = seen
+    assert rows.sample.shape == (24, 3, 16, 16)  # 27 // 6 of each of 6 steps
+    timesteps = [830.0, 664.0, 498.0, 332.0, 166.0, 0.0]
+    assert rows.timesteps.tolist() == [t for t in timesteps for _ in range(4)]
+    assert rows.bins.tolist() == [b for b in (5, 4, 3, 2, 1, 0) for _ in range(4)]
+    assert bundle.manifest.quantization is not None
+    allowed = {*bundle.manifest.quantization.labels, tiny.adapter.num_classes}
+    assert set(rows.labels.tolist()) <= allowed
+    assert tiny.adapter.num_classes in rows.labels
+    # At the first step, a row's noise says which trajectory it is of, and so its label.
+    states = collect(
+        start(tiny, tmp_path / "c"), tiny, "t", [Watch("i", tiny.adapter.stem, INPUTS, True)]
+    )
+    inputs = states["i"][3]["inputs"]  # batches of two: labels, labels, null, null
+    labels, null = list(bundle.manifest.quantization.labels), tiny.adapter.num_classes
+    of_row = [*labels[:2], null, null, *labels[2:], null, null]
+    for row, label in zip(rows.sample[12:16], rows.labels[12:16].tolist(), strict=True):
+        places = [i for i, x in enumerate(inputs) if torch.equal(x, row)]
+        assert label in {of_row[i] for i in places}
+        assert places
