@@ -45,7 +45,7 @@ def test_a_layer_in_float_stands_out(capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_a_layer_whose_input_stays_in_float_is_not_lost() -> None:
-    """Only its weight is quantized, so that a float kernel is what it needs; one has to be there."""
+    """Only its weight is quantized, so that a float kernel is what it needs; one has to run."""
     found = audited({0: 100.0, 7: 300.0, 8: 200.0}, weight_bits=0)
     layer = found.layers[0]._replace(
         precision="w4a16", integer=False, wanted=False, kernel="Gemm", giga_ops=0

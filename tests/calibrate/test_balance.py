@@ -47,7 +47,7 @@ def test_ptq4dit_by_hand() -> None:
 def spearman(a: Tensor, b: Tensor) -> float:
     """By its definition: Pearson's correlation of ranks, equal values sharing their mean rank."""
     ranks = [[float((x < y).sum() + (x == y).sum() / 2) for y in x] for x in (a, b)]
-    return float(np.corrcoef(ranks)[0, 1])
+    return float(np.asarray(np.corrcoef(ranks))[0, 1])
 
 
 def test_correlation_is_spearmans() -> None:
@@ -72,7 +72,7 @@ def test_constant_salience_counts_as_uncorrelated() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_both_sides_end_with_equal_salience(kind: str) -> None:
-    """max |x * f| = max |w / f| in every channel, where all steps are alike."""
+    """Max |x * f| = max |w / f| in every channel, where all steps are alike."""
     torch.manual_seed(0)
     linear = nn.Linear(16, 8).requires_grad_(False)
     salience = torch.rand(16) * 20 + 0.1

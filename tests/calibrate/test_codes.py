@@ -78,7 +78,9 @@ def test_groups_are_quantized_by_themselves(search: bool, inputs: int) -> None:
     for i, piece in enumerate(weight.split(16, dim=1)):
         alone = weight_scale(piece, search=search, bits=4)
         assert torch.equal(scale[:, i], alone)
-        assert torch.equal(codes[:, 16 * i : 16 * i + piece.shape[1]], weight_codes(piece, alone, 4))
+        assert torch.equal(
+            codes[:, 16 * i : 16 * i + piece.shape[1]], weight_codes(piece, alone, 4)
+        )
     one = weight_scale(weight, search=search, bits=4)
     errors = [(weight - weight_codes(weight, s, 4) * grouped(weight, s)) for s in (scale, one)]
     assert errors[0].square().mean() <= (1 if inputs == 16 else 0.8) * errors[1].square().mean()
@@ -204,8 +206,8 @@ def test_features_have_the_best_of_80_ranges(bits: int) -> None:
     assert torch.equal(codes, codes.round())
     tried = []
     for k in range(80):
-        shrunk = (1 - 0.01 * k) * torch.stack([x.amin(dim=-1), x.amax(dim=-1)])
-        s, z = (t[..., None] for t in affine(*shrunk, bits))
+        low, high = ((1 - 0.01 * k) * end for end in (x.amin(dim=-1), x.amax(dim=-1)))
+        s, z = (t[..., None] for t in affine(low, high, bits))
         tried.append((fake_quantize(x, s, z, bits) - x).square().sum(dim=-1))
     found = (restored - x).square().sum(dim=-1)
     best = torch.stack(tried).amin(dim=0)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ditcast import recipe as recipes
 from ditcast.bundle import Bundle
-from ditcast.calibrate import blocks, calibrate
+from ditcast.calibrate import adaround, blocks, calibrate
 from ditcast.calibrate.collect import Watch, collect, draw_labels
 from ditcast.calibrate.ranges import CHANNELS, INPUTS, OBSERVERS
 from ditcast.calibrate.trajectory import sample
@@ -99,7 +99,7 @@ def test_reconstructed_parts_are_not_made_again(
     keys = QUICK | {"method": "tfmq"}
     interrupt(tiny, tmp_path / "b", keys, "part-000.safetensors", monkeypatch)
     calls: list[int] = []
-    reconstruct = blocks.reconstruct
+    reconstruct = adaround.reconstruct
 
     def counted(*arguments: Any, **options: Any) -> float:
         calls.append(options["iterations"])

@@ -30,9 +30,7 @@ def linear(weight: list[list[float]], bias: list[float] | None) -> nn.Linear:
 def test_a_linear_computes_with_codes() -> None:
     """By hand: x = 0.6 has code 2 of scale 0.25, weights 0.32 and -1.0 code 3 and -10 of 0.1."""
     layer = linear([[0.32], [-1.0]], [1.0, 2.0])
-    scales = LayerScales(
-        bits=W8A8, weight=torch.tensor([0.1, 0.1]), activation=torch.tensor(0.25)
-    )
+    scales = LayerScales(bits=W8A8, weight=torch.tensor([0.1, 0.1]), activation=torch.tensor(0.25))
     found = QuantizedLayer(layer, scales)(torch.tensor([[0.6]]))
     torch.testing.assert_close(found, torch.tensor([[0.5 * 0.3 + 1, 0.5 * -1.0 + 2]]))
     torch.testing.assert_close(layer.weight, torch.tensor([[0.32], [-1.0]]))  # it stays

@@ -95,6 +95,7 @@ def test_absmax_scales_are_those_of_the_trajectories(
     found = qparams.load(shared_bundle.file(shared_bundle.manifest.quantization.file))
     assert found.layers.keys() == set(LAYERS)
     for name, held in found.layers.items():
+        assert held.activation is not None
         assert float(held.activation) == pytest.approx(seen[name] / 127, rel=1e-6)
         largest = linears[name].weight.abs().amax(dim=1)
         torch.testing.assert_close(held.weight, largest / 127)
@@ -104,9 +105,7 @@ def test_absmax_scales_are_those_of_the_trajectories(
     assert (found.balance, found.outputs, found.stored) == ({}, None, None)
 
 
-def test_the_manifest_lists_what_is_quantized(
-    tiny: LoadedModel, shared_bundle: Bundle
-) -> None:
+def test_the_manifest_lists_what_is_quantized(tiny: LoadedModel, shared_bundle: Bundle) -> None:
     """Layers in network order with their block and shape, and the labels of the trajectories."""
     held = shared_bundle.manifest.quantization
     assert held is not None
@@ -276,7 +275,10 @@ def test_a_layer_that_sees_only_zeros_has_a_scale(tmp_path: Path) -> None:
             r"'blocks.\*' decides no layer .*an earlier rule takes",
         ),
         ((("blocks.*", "w8a8"),), "no rule matches layer 'final.proj'; end the rules with one for"),
-        ((("BLOCKS.*", "w8a8"), ("*", "float")), r"the layers are blocks.0.attn.qkv, .*, final.proj"),
+        (
+            (("BLOCKS.*", "w8a8"), ("*", "float")),
+            r"the layers are blocks.0.attn.qkv, .*, final.proj",
+        ),
     ],
 )
 def test_rules_that_do_not_fit_are_errors(

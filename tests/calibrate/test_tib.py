@@ -66,7 +66,8 @@ def start(model: LoadedModel, bits: Bits) -> dict[str, LayerScales]:
 
 def reconstructed(model: LoadedModel, bits: Bits, **changes: Any) -> dict[str, LayerScales]:
     """The same with learned roundings."""
-    return tib.tiar(model.adapter, start(model, bits), STEPS, LABELS, **(SEED | changes))
+    options: dict[str, Any] = SEED | changes
+    return tib.tiar(model.adapter, start(model, bits), STEPS, LABELS, **options)
 
 
 def error(model: LoadedModel, scales: dict[str, LayerScales]) -> float:
@@ -112,7 +113,7 @@ def cosine(a: Tensor, b: Tensor) -> Tensor:
 
 @torch.no_grad()
 def test_steps_are_not_mistaken_for_others(tiny: LoadedModel) -> None:
-    """argmax over t' of cos(e_q[t], e[t']) is t, at W4A8, for every part and label.
+    """Argmax over t' of cos(e_q[t], e[t']) is t, at W4A8, for every part and label.
 
     With finite set calibration, features are also closer to the exact ones than with one range.
     """
@@ -233,7 +234,9 @@ def test_ranges_per_step_change_nothing_with_one_step(tiny: LoadedModel, tmp_pat
     torch.testing.assert_close(outputs[0], outputs[2], rtol=0, atol=2e-3)
 
 
-@pytest.mark.parametrize(("fsc", "tib_bins", "bins"), [("none", 1, 0), ("tib", 6, 0), ("all", 6, 6)])
+@pytest.mark.parametrize(
+    ("fsc", "tib_bins", "bins"), [("none", 1, 0), ("tib", 6, 0), ("all", 6, 6)]
+)
 def test_fsc_says_where_there_is_one_range_per_step(
     tiny: LoadedModel, tmp_path: Path, fsc: str, tib_bins: int, bins: int
 ) -> None:

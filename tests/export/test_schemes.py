@@ -71,9 +71,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
 
 
 @pytest.fixture(scope="module")
-def made(
-    model: LoadedModel, tmp_path_factory: pytest.TempPathFactory, quick_module: None
-) -> Made:
+def made(model: LoadedModel, tmp_path_factory: pytest.TempPathFactory, quick_module: None) -> Made:
     """The bundle of a scheme, made once; never write to it."""
     del quick_module
     held: dict[str, Bundle] = {}
@@ -347,7 +345,9 @@ def test_codes_of_one_step_are_those_of_the_simulation(
         def watch(name: str) -> Any:
             def hook(module: torch.nn.Module, args: tuple[Tensor, ...]) -> None:
                 del module
-                steps = torch.round(args[0] / held.layers[name].activation) + 128
+                scale = held.layers[name].activation
+                assert scale is not None
+                steps = torch.round(args[0] / scale) + 128
                 seen[name] = steps.clamp(0, 255).numpy()
 
             return simulation.layers[name].register_forward_pre_hook(hook)

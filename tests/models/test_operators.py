@@ -48,7 +48,8 @@ def test_gradients_are_those_of_the_formula() -> None:
     wanted: list[torch.Tensor | None] = []
     for computed, gradients in ((attention, found), (written_out, wanted)):
         inputs = [x.clone().requires_grad_() for x in (query, key, value)]
-        (computed(*inputs, heads) * weights).sum().backward()
+        q, k, v = inputs
+        (computed(q, k, v, heads) * weights).sum().backward()
         gradients += [x.grad for x in inputs]
     for ours, theirs in zip(found, wanted, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
