@@ -55,7 +55,6 @@ class Walk:
         self.adapter, self.recipe, self.base, self.rows = adapter, recipe, base, rows
         self.bits, self.method = bits, METHODS[recipe.method]
         self.naive = any(name.startswith(TEMPORAL) for name in bits)
-        self.linears = adapter.linears() | adapter.temporal_linears()
         self.now = rows.bins  # of the rows at hand
 
     @torch.no_grad()

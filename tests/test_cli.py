@@ -307,7 +307,8 @@ def test_every_recipe_key_is_a_flag(cli: Cli) -> None:
     for name, field in Recipe.model_fields.items():
         assert (f"--{name} " in text) == (name != "rules")
         if name != "rules":
-            assert f"[default: {field.default}]" in text
+            default = "all" if field.default == () else field.default
+            assert f"[default: {default}]" in text
 
 
 def test_help_and_version(cli: Cli) -> None:

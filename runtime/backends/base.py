@@ -26,8 +26,8 @@ class GraphFile:
 
     `identity` names the bytes of the graph and its weights; without one, nothing that is
     compiled from it is kept. `weight_bits` is the widest integer weight, 0 for a float graph.
-    `size` is that of graph and weights in bytes. The weights of a graph that runs `once` per
-    request are better read in place than packed.
+    `size` is that of graph and weights in bytes. The weights of a float graph that runs `once`
+    per request are better read in place than packed.
     """
 
     path: Path
@@ -55,7 +55,7 @@ def graph_file(bundle: Bundle, target: str, name: str) -> GraphFile:
         identity=" ".join(entry.sha256 for entry in entries),
         weight_bits=bits,
         size=sum(entry.size for entry in entries),
-        once=name == "temporal",
+        once=name == "temporal" and not bits,
     )
 
 

@@ -23,6 +23,9 @@ PROVIDERS = ["CPUExecutionProvider"]
 PROBE = Path(__file__).parent / "probe.onnx"
 # Computes u8 x s8 through u8 x u8 kernels, which do not saturate on CPUs without VNNI. Weights
 # of 7 bits cannot saturate, and ONNX Runtime leaves them to the faster kernels.
+# Weights that are not packed are multiplied by other kernels, whose last bits differ from those
+# of the graph loop, and a quantized trajectory amplifies them: only where packing takes long.
+IN_PLACE_BYTES = 1 << 29
 PRECISE = ("session.x64quantprecision", "1")
 OPTIMIZED = "graph.onnx"
 INLINE_BYTES = "1024"  # as in the graphs that export writes
@@ -143,7 +146,7 @@ class OnnxRuntimeBackend:
         A quantized one is kept as ONNX Runtime optimized it: that takes most of its loading. A
         float graph would only be copied, its weights are mapped from the bundle.
         """
-        if graph.once and not graph.weight_bits:
+        if graph.once and graph.size > IN_PLACE_BYTES:
             return in_place(graph, self.threads)
         if not graph.identity or not graph.weight_bits:
             return OnnxRuntimeSession(graph, graph.path, self._options())

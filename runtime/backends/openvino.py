@@ -162,9 +162,7 @@ class OpenVinoBackend:
                 f"{graph.weight_bits} bits would give wrong images; compile with --scheme w7a8, "
                 "or use --backend onnxruntime"
             )
-        if graph.once and not graph.weight_bits:
-            return in_place(graph, self.threads)
-        return OpenVinoSession(self, graph)
+        return in_place(graph, self.threads) if graph.once else OpenVinoSession(self, graph)
 
     def compile(self, model: Any, graph: GraphFile, variant: str, profiled: bool) -> Any:
         """Compile a graph of fixed shapes; a quantized one is kept for the next start.
@@ -178,7 +176,7 @@ class OpenVinoBackend:
             "PERFORMANCE_HINT": "LATENCY",
             "PERF_COUNT": profiled,
         }
-        if graph.once or not graph.weight_bits:
+        if graph.path.stem == "temporal" or not graph.weight_bits:
             settings["INFERENCE_PRECISION_HINT"] = "f32"
         if profiled or not graph.identity or not graph.weight_bits:
             return self.core.compile_model(model, DEVICE, settings)

@@ -266,7 +266,9 @@ def inspect(bundle: Path, json_file: Path | None) -> None:
         f"{model.temporal_parameters / 1e6:.1f} M of them temporal)",
         "samples": f"{'x'.join(map(str, model.sample_shape))}, {model.num_classes} classes",
         "schedule": f"{recipe.sampler}, {recipe.steps} steps, guidance {recipe.guidance}",
-        "quantization": f"{recipe.scheme} by {recipe.method}, {len(layers)} layers",
+        "quantization": f"{recipe.scheme} by {recipe.method}, {len(layers)} layers, "
+        f"balance {recipe.balance}",
+        "temporal features": f"{recipe.temporal}, ranges per step: {recipe.fsc}",
         "cache": f"{recipe.cache}, interval {recipe.interval}, {len(model.slots)} slots",
         "graphs": ", ".join(f"{graph.target}/{graph.name}" for graph in manifest.graphs) or "none",
         "reports": ", ".join(manifest.reports) or "none",

@@ -79,7 +79,8 @@ def recipe_options(command: F) -> F:
         if name == "rules":
             continue  # they are lists of mappings: YAML only
         if get_origin(kind) is tuple:
-            command = click.option(f"--{name}", help=field.description)(command)
+            help_text = f"{field.description}  [default: all]"
+            command = click.option(f"--{name}", help=help_text)(command)
             continue
         choice = click.Choice(get_args(kind)) if get_origin(kind) is Literal else kind
         help_text = f"{field.description}  [default: {field.default}]"

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ditcast import recipe as recipes
 from ditcast.bundle import Bundle
-from ditcast.calibrate import adaround, blocks, calibrate
+from ditcast.calibrate import adaround, blocks, calibrate, qparams
 from ditcast.calibrate.collect import Watch, collect, draw_labels
 from ditcast.calibrate.ranges import CHANNELS, INPUTS, OBSERVERS
 from ditcast.calibrate.trajectory import sample
@@ -198,6 +198,27 @@ def by_hand(tiny: LoadedModel, bundle: Bundle) -> Tensor:
         labels=draw_labels(recipe, tiny.adapter.num_classes),
         stop_after=recipe.steps - 1,
     )
+
+
+@pytest.mark.parametrize("method", ["absmax", "tfmq"])
+def test_ranges_of_a_bin_are_those_of_its_step(
+    tiny: LoadedModel, tmp_path: Path, method: str
+) -> None:
+    """Bins ascend with the timestep, trajectories descend: the last step has the first bin.
+
+    With `tfmq`, rows are all there are, one mini-batch per step, and no weight lies before qkv.
+    """
+    name, seen = "blocks.0.attn.qkv", []
+    watch = Watch("x", tiny.adapter.linears()[name], OBSERVERS["absmax"], stepwise=True)
+    for state in collect(start(tiny, tmp_path / "a"), tiny, "test", [watch])["x"]:
+        seen.append(float(state["absmax"]) / 127)
+    bundle = start(tiny, tmp_path / "b", method=method, fsc="all", rows=48, iterations=1)
+    calibrate(bundle, tiny)
+    assert bundle.manifest.quantization is not None
+    held = qparams.load(bundle.file(bundle.manifest.quantization.file)).layers[name].activation
+    assert held is not None
+    torch.testing.assert_close(held.flip(0), torch.tensor(seen), rtol=1e-4, atol=0)
+    assert len(set(seen)) == 6
 
 
 def test_without_guidance_there_are_no_null_rows(

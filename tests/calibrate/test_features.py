@@ -214,6 +214,14 @@ def test_the_cache_has_the_bits_of_the_activations(
     assert not any(name.startswith("temporal.") for name in found.layers)
 
 
+def test_stored_features_need_no_quantized_layer(tiny: LoadedModel, tmp_path: Path) -> None:
+    """Rules may leave the whole network in float; the features are stored nevertheless."""
+    rules = [{"pattern": "*", "precision": "float"}]
+    _, found = calibrated(tiny, tmp_path / "b", temporal="cache", rules=rules)
+    assert found.stored is not None
+    assert found.layers == {}
+
+
 @pytest.mark.parametrize("method", ["tfmq", "brecq"])
 def test_blocks_are_reconstructed_behind_stored_labels_only(
     tiny: LoadedModel, tmp_path: Path, method: str

@@ -302,6 +302,17 @@ def test_rules_choose_the_layers(tiny: LoadedModel, tmp_path: Path) -> None:
     assert found == [name for name in LAYERS if ".mlp." in name]
 
 
+def test_a_group_has_to_divide_the_inputs(tiny: LoadedModel) -> None:
+    """Those of every layer that is quantized: 64 and 256 here."""
+    keys = RECIPE | {"scheme": "w4a16"}
+    stage.check(tiny, recipes.make(keys | {"group": 32}))
+    message = "group: got 48, but layer blocks.0.attn.qkv has 64 inputs; expected a divisor of them"
+    with pytest.raises(ConfigError, match=message):
+        stage.check(tiny, recipes.make(keys | {"group": 48}))
+    wide = [{"pattern": "*.fc2", "precision": "w4a16"}, {"pattern": "*", "precision": "float"}]
+    stage.check(tiny, recipes.make(keys | {"group": 128, "rules": wide}))
+
+
 def test_a_recipe_is_checked_against_the_model(tiny: LoadedModel) -> None:
     """More steps than were trained, or a variance that the sampler cannot use."""
     with pytest.raises(ConfigError, match="steps: got 5000, expected 1 to 1000"):
