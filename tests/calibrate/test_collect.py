@@ -208,10 +208,10 @@ def test_ranges_of_a_bin_are_those_of_its_step(
 
     With `tfmq`, rows are all there are, one mini-batch per step, and no weight lies before qkv.
     """
-    name, seen = "blocks.0.attn.qkv", []
+    name = "blocks.0.attn.qkv"
     watch = Watch("x", tiny.adapter.linears()[name], OBSERVERS["absmax"], stepwise=True)
-    for state in collect(start(tiny, tmp_path / "a"), tiny, "test", [watch])["x"]:
-        seen.append(float(state["absmax"]) / 127)
+    states = collect(start(tiny, tmp_path / "a"), tiny, "test", [watch])["x"]
+    seen = [float(state["absmax"]) / 127 for state in states]
     bundle = start(tiny, tmp_path / "b", method=method, fsc="all", rows=48, iterations=1)
     calibrate(bundle, tiny)
     assert bundle.manifest.quantization is not None
