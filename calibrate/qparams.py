@@ -80,7 +80,7 @@ class QParams:
 
     def __bool__(self) -> bool:
         """Whether anything is quantized."""
-        return bool(self.layers)
+        return bool(self.layers) or self.stored is not None
 
 
 def select(names: Sequence[str], rules: Sequence[Rule]) -> dict[str, str]:

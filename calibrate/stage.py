@@ -42,7 +42,8 @@ def calibrate(bundle: Bundle, model: LoadedModel) -> None:
     recipe, manifest = bundle.manifest.recipe, bundle.manifest
     precision = choose_precision(model, recipe)
     chosen = {name: PRECISIONS[kind] for name, kind in precision.items() if PRECISIONS[kind].weight}
-    if manifest.quantization is not None or not chosen:
+    needed = bool(chosen) or recipe.temporal in ("cache", "select")
+    if manifest.quantization is not None or not needed:
         bundle.clear("calibration")  # a run may have been killed just before it did this
         return
     with torch.no_grad():
