@@ -31,9 +31,10 @@ class Rounding(nn.Module):
         """Start where r(v) is the fractional part of w / s: at the weight itself."""
         super().__init__()
         weight = layer.weight.data
-        steps = weight.reshape(len(weight), -1) / grouped(weight, scales.weight)
         self.shape, self.limits = weight.shape, weight_limits(scales.bits.weight)
-        self.floor, self.step = torch.floor(steps), grouped(weight, scales.weight)
+        self.step = grouped(weight, scales.weight)
+        steps = weight.reshape(len(weight), -1) / self.step
+        self.floor = torch.floor(steps)
         stretched = (steps - self.floor - GAMMA) / (ZETA - GAMMA)
         self.v = nn.Parameter(torch.logit(stretched))
 

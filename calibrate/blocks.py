@@ -17,16 +17,15 @@ from torch import Tensor, nn
 
 from ditcast.calibrate import qparams as files
 from ditcast.calibrate.adaround import Rounding, reconstruct
-from ditcast.calibrate.codes import SMALLEST, levels, weight_scale
 from ditcast.calibrate.layers import QuantizedLayer
 from ditcast.calibrate.methods import METHODS
 from ditcast.calibrate.qparams import LayerScales, QParams
 from ditcast.calibrate.ranges import OBSERVERS, Observer, State
-from ditcast.calibrate.simulate import TEMPORAL, Simulation, quantized
+from ditcast.calibrate.simulate import Simulation, quantized
 from ditcast.errors import BundleError
 from ditcast.models import Adapter
 from ditcast.progress import say
-from ditcast.recipe import Bits, Recipe
+from ditcast.recipe import TEMPORAL, Bits, Recipe
 
 CHUNK = 32  # rows that pass through a part at once
 BATCH = 8  # rows of an iteration: at equal time, more iterations beat larger batches
@@ -160,18 +159,8 @@ class Walk:
         """Reconstruct one part: roundings, then or together with them the input scales."""
         linears = self.adapter.linears() | self.adapter.temporal_linears()
         with quantized(self.adapter, QParams(balance=self.base.balance)):
-            start = {
-                name: LayerScales(
-                    bits=self.bits[name],
-                    weight=weight_scale(
-                        linears[name].weight.data,
-                        search=self.method.search,
-                        bits=self.bits[name].weight,
-                        group=self.recipe.group,
-                    ),
-                )
-                for name in names
-            }
+            bits = {name: self.bits[name] for name in names}
+            start = self.method.nearest(linears, bits, self.recipe.group)
             roundings = {name: Rounding(linears[name], held) for name, held in start.items()}
         scales = self._ranges(start, unit) if self.method.learn else {}
         learned = {name: nn.Parameter(scale.log()) for name, scale in scales.items()}
@@ -202,7 +191,7 @@ class Walk:
         """Input scales, () or (B,), of the denoiser's layers, measured with weights rounded."""
         observer = OBSERVERS[self.method.observer]
         names = [n for n in scales if self.bits[n].activation < 16 and not n.startswith(TEMPORAL)]
-        bounds: dict[str, list[float]] = {name: [] for name in names}
+        measured: dict[str, list[float]] = {name: [] for name in names}
         states: dict[str, State] = {}
         with self._layered(scales) as simulation, contextlib.ExitStack() as hooks:
             for name in names:
@@ -215,10 +204,10 @@ class Walk:
                     unit(some)
                     states.update((name, observer.end_batch(states[name])) for name in names)
                 for name in names:
-                    top = levels(self.bits[name].activation)
-                    bound = observer.bound(states[name], self.recipe.percentile, top)
-                    bounds[name].append(max(bound, SMALLEST) / top)
-        found = {name: torch.tensor(of) for name, of in bounds.items()}
+                    wide = self.bits[name].activation
+                    scale = self.method.input_scale(states[name], self.recipe.percentile, wide)
+                    measured[name].append(scale)
+        found = {name: torch.tensor(of) for name, of in measured.items()}
         return found if self.recipe.fsc == "all" else {n: of[0] for n, of in found.items()}
 
     def _groups(self) -> list[Tensor]:

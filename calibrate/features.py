@@ -19,7 +19,7 @@ from ditcast.calibrate.simulate import quantized
 from ditcast.errors import ConfigError
 from ditcast.models import Adapter, LoadedModel
 from ditcast.models.base import count, vector_slices
-from ditcast.recipe import Recipe
+from ditcast.recipe import TEMPORAL, Recipe
 
 BYTES = {8: 1, 6: 1, 16: 2}  # of a code
 
@@ -77,7 +77,7 @@ def errors(adapter: Adapter, qparams: QParams, stored: StoredFeatures) -> Tensor
     alone = replace(
         qparams,
         balance={},
-        layers={n: s for n, s in qparams.layers.items() if n.startswith("temporal.")},
+        layers={n: s for n, s in qparams.layers.items() if n.startswith(TEMPORAL)},
     )
     rows = []
     with quantized(adapter, alone):

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
+
+from torch import nn
+
+from ditcast.calibrate.codes import SMALLEST, levels, weight_scale
+from ditcast.calibrate.qparams import LayerScales
+from ditcast.calibrate.ranges import OBSERVERS, State
+from ditcast.recipe import Bits
 
 
 class Method(NamedTuple):
@@ -17,6 +25,25 @@ class Method(NamedTuple):
     search: bool = False
     reconstruct: bool = False
     learn: bool = False
+
+    def nearest(
+        self, linears: Mapping[str, nn.Linear], bits: Mapping[str, Bits], group: int
+    ) -> dict[str, LayerScales]:
+        """The layers of `bits` with weights rounded to the nearest and inputs still in float."""
+        return {
+            name: LayerScales(
+                bits=wide,
+                weight=weight_scale(
+                    linears[name].weight.data, search=self.search, bits=wide.weight, group=group
+                ),
+            )
+            for name, wide in bits.items()
+        }
+
+    def input_scale(self, state: State, percentile: float, bits: int) -> float:
+        """The scale of inputs that the observer has seen; not zero where they were all zeros."""
+        top = levels(bits)
+        return max(OBSERVERS[self.observer].bound(state, percentile, top), SMALLEST) / top
 
 
 # `tfmq` is the released TFMQ-DM code's base (moving min-max ranges, roundings only), `brecq`

@@ -15,8 +15,7 @@ from ditcast.calibrate.layers import QuantizedLayer
 from ditcast.calibrate.qparams import QParams, StoredFeatures
 from ditcast.models import Adapter
 from ditcast.models.base import Temporal, vector_slices
-
-TEMPORAL = "temporal."
+from ditcast.recipe import TEMPORAL
 
 
 class StepScales:

@@ -12,17 +12,16 @@ from ditcast.bundle import Bundle
 from ditcast.calibrate import features, qparams, tib
 from ditcast.calibrate.balance import balanced_layers, factors
 from ditcast.calibrate.blocks import Rows, Walk
-from ditcast.calibrate.codes import SMALLEST, levels, weight_scale
 from ditcast.calibrate.collect import Watch, collect, draw_labels
 from ditcast.calibrate.methods import METHODS
 from ditcast.calibrate.qparams import LayerScales, QParams
 from ditcast.calibrate.ranges import CHANNELS, INPUTS, OBSERVERS
-from ditcast.calibrate.simulate import TEMPORAL, quantized
+from ditcast.calibrate.simulate import quantized
 from ditcast.errors import ConfigError
 from ditcast.manifest import Layer, Quantization
 from ditcast.models import LoadedModel
 from ditcast.progress import counting
-from ditcast.recipe import FLOAT, MODULES, PRECISIONS, Bits, Recipe
+from ditcast.recipe import FLOAT, MODULES, PRECISIONS, TEMPORAL, Bits, Recipe
 from ditcast.sampling import coefficients
 from ditcast.schedule import from_config
 
@@ -79,8 +78,21 @@ def check(model: LoadedModel, recipe: Recipe) -> None:
         UnsupportedError: a noise schedule that is not implemented for this sampler.
     """
     coefficients(from_config(model.scheduler), recipe.sampler, recipe.steps)
-    precision = choose_precision(model, recipe)
-    linears = model.adapter.linears() | model.adapter.temporal_linears()
+    choose_precision(model, recipe)
+    if recipe.temporal in ("cache", "select"):
+        features.check_store(model, recipe)
+
+
+def choose_precision(model: LoadedModel, recipe: Recipe) -> dict[str, str]:
+    """The precision of every layer that the recipe asks for: the TIB's where it is quantized.
+
+    Raises:
+        ConfigError: rules or a group that do not fit the layers.
+    """
+    linears = model.adapter.linears()
+    if recipe.temporal in MODULES:
+        linears |= model.adapter.temporal_linears()
+    precision = qparams.select(list(linears), recipe.layer_rules())
     for name, kind in precision.items():
         inputs = linears[name].in_features
         if recipe.group and kind != FLOAT and inputs % recipe.group:
@@ -88,16 +100,7 @@ def check(model: LoadedModel, recipe: Recipe) -> None:
                 f"group: got {recipe.group}, but layer {name} has {inputs} inputs; expected a "
                 "divisor of them, or 0"
             )
-    if recipe.temporal in ("cache", "select"):
-        features.check_store(model, recipe)
-
-
-def choose_precision(model: LoadedModel, recipe: Recipe) -> dict[str, str]:
-    """The precision of every layer that the recipe asks for: the TIB's where it is quantized."""
-    names = list(model.adapter.linears())
-    if recipe.temporal in MODULES:
-        names += model.adapter.temporal_linears()
-    return qparams.select(names, recipe.layer_rules())
+    return precision
 
 
 class _Calibration:
@@ -138,19 +141,8 @@ class _Calibration:
 
     def _start(self, linears: Mapping[str, nn.Linear]) -> dict[str, LayerScales]:
         """Scales of those weights that are to be quantized, as they are now; to the nearest."""
-        return {
-            name: LayerScales(
-                bits=bits,
-                weight=weight_scale(
-                    linears[name].weight.data,
-                    search=self.method.search,
-                    bits=bits.weight,
-                    group=self.recipe.group,
-                ),
-            )
-            for name, bits in self.chosen.items()
-            if name in linears
-        }
+        bits = {name: wide for name, wide in self.chosen.items() if name in linears}
+        return self.method.nearest(linears, bits, self.recipe.group)
 
     def _balance(self) -> dict[str, Tensor]:
         kind, linears = self.recipe.balance, self.adapter.linears()
@@ -207,9 +199,10 @@ class _Calibration:
             watches = [Watch(name, linears[name], observer, stepwise) for name in names]
             states = collect(self.bundle, self.model, "states", watches) if watches else {}
         for name in names:
-            top = levels(scales[name].bits.activation)
-            bounds = [observer.bound(s, recipe.percentile, top) for s in states[name]]
-            values = torch.tensor([max(bound, SMALLEST) / top for bound in bounds])
+            wide = scales[name].bits.activation
+            values = torch.tensor(
+                [self.method.input_scale(s, recipe.percentile, wide) for s in states[name]]
+            )
             scales[name] = replace(
                 scales[name], activation=values.flip(0) if stepwise else values[0]
             )

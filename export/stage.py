@@ -19,7 +19,7 @@ from ditcast.bundle import Bundle
 from ditcast.cache import StepPlan, make_plan
 from ditcast.calibrate.qparams import QParams
 from ditcast.calibrate.qparams import load as load_qparams
-from ditcast.calibrate.simulate import TEMPORAL, Simulation, quantized
+from ditcast.calibrate.simulate import Simulation, quantized
 from ditcast.calibrate.trajectory import sample
 from ditcast.errors import BundleError, ConfigError
 from ditcast.export import parity
@@ -31,7 +31,7 @@ from ditcast.export.trace import trace
 from ditcast.manifest import REFERENCE, WEIGHTS, Graph
 from ditcast.models import Adapter, LoadedModel
 from ditcast.progress import say
-from ditcast.recipe import FLOAT
+from ditcast.recipe import FLOAT, TEMPORAL
 from ditcast.sampling import coefficients, draw_noise, needs_noise
 from ditcast.schedule import from_config
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -177,9 +177,8 @@ def golden_step(bundle: Bundle, backend: Backend) -> Callable[[], float]:
 
     It returns the PSNR over the range of the output that export got.
     """
-    golden, _ = tensors.load(bundle.file(bundle.manifest.golden[0]))
     session = backend.session(graph_file(bundle, backend.target, "full"))
-    feeds, wanted = golden_feeds(golden, backend.target), golden[f"{backend.target}.output"]
+    feeds, wanted = _golden(bundle, backend.target)
 
     def run() -> float:
         found = session.run(feeds, ["output"])["output"]
@@ -189,10 +188,12 @@ def golden_step(bundle: Bundle, backend: Backend) -> Callable[[], float]:
     return run
 
 
-def golden_feeds(golden: Mapping[str, Any], target: str) -> dict[str, Any]:
-    """The inputs of the full step that export wrote down."""
+def _golden(bundle: Bundle, target: str) -> tuple[dict[str, Any], Any]:
+    """Inputs and output of the full step that export wrote down."""
+    golden, _ = tensors.load(bundle.file(bundle.manifest.golden[0]))
     prefix = f"{target}.input."
-    return {key.removeprefix(prefix): golden[key] for key in golden if key.startswith(prefix)}
+    feeds = {key.removeprefix(prefix): golden[key] for key in golden if key.startswith(prefix)}
+    return feeds, golden[f"{target}.output"]
 
 
 def _feeds(bundle: Bundle, backend: Backend, graph: str) -> dict[str, Any]:
@@ -201,8 +202,7 @@ def _feeds(bundle: Bundle, backend: Backend, graph: str) -> dict[str, Any]:
     rng = np.random.default_rng(0)
     label = (bundle.manifest.stored_labels() or (0,))[0]
     if graph == "full":
-        golden, _ = tensors.load(bundle.file(bundle.manifest.golden[0]))
-        feeds = {key: array[:2] for key, array in golden_feeds(golden, backend.target).items()}
+        feeds = {key: array[:2] for key, array in _golden(bundle, backend.target)[0].items()}
         return feeds | {"ahead": feeds["ahead"][:0, :2], "weights": feeds["weights"][:0]}
     if graph == "temporal":
         steps = from_config(bundle.manifest.schedule).timesteps(recipe.steps)

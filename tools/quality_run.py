@@ -26,12 +26,12 @@ from ditcast.bundle import Bundle
 from ditcast.calibrate import calibrate, qparams
 from ditcast.calibrate.features import check_store
 from ditcast.calibrate.qparams import QParams
-from ditcast.calibrate.simulate import TEMPORAL, quantized
+from ditcast.calibrate.simulate import quantized
 from ditcast.calibrate.trajectory import sample
 from ditcast.errors import ConfigError, DitcastError
 from ditcast.models import LoadedModel, load
 from ditcast.models.base import describe
-from ditcast.recipe import Recipe
+from ditcast.recipe import TEMPORAL, Recipe
 from ditcast.runtime import machine
 from ditcast.schedule import from_config
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from ditcast.bundle import Bundle
 from ditcast.errors import BundleError
 from ditcast.manifest import REFERENCE, WEIGHTS
-from ditcast.recipe import PRECISIONS
+from ditcast.recipe import PRECISIONS, TEMPORAL
 from ditcast.runtime.machine import available_memory_mib
 
 Arrays = Mapping[str, NDArray[Any]]
@@ -61,7 +61,7 @@ def graph_file(bundle: Bundle, target: str, name: str) -> GraphFile:
 
 def graphs_of(layer: str) -> tuple[str, str]:
     """The step graph that a quantized layer is in, and the graph loop, which holds all."""
-    return "temporal" if layer.startswith("temporal.") else "full", "sampler"
+    return "temporal" if layer.startswith(TEMPORAL) else "full", "sampler"
 
 
 def _integer_bits(precision: str) -> int:

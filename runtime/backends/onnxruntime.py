@@ -21,11 +21,11 @@ from ditcast.settings import Settings
 
 PROVIDERS = ["CPUExecutionProvider"]
 PROBE = Path(__file__).parent / "probe.onnx"
-# Computes u8 x s8 through u8 x u8 kernels, which do not saturate on CPUs without VNNI. Weights
-# of 7 bits cannot saturate, and ONNX Runtime leaves them to the faster kernels.
 # Weights that are not packed are multiplied by other kernels, whose last bits differ from those
 # of the graph loop, and a quantized trajectory amplifies them: only where packing takes long.
 IN_PLACE_BYTES = 1 << 29
+# Computes u8 x s8 through u8 x u8 kernels, which do not saturate on CPUs without VNNI. Weights
+# of 7 bits cannot saturate, and ONNX Runtime leaves them to the faster kernels.
 PRECISE = ("session.x64quantprecision", "1")
 OPTIMIZED = "graph.onnx"
 INLINE_BYTES = "1024"  # as in the graphs that export writes

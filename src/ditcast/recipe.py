@@ -23,6 +23,7 @@ class Bits(NamedTuple):
 
 
 FLOAT: Literal["float"] = "float"
+TEMPORAL = "temporal."  # start of the names of the TIB's layers
 # Products of 7-bit weights cannot saturate in the u8 x s8 kernels of CPUs without VNNI, which
 # are faster than the exact ones.
 PRECISIONS: dict[str, Bits] = {

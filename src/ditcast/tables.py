@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ditcast.progress import say
+from ditcast.recipe import TEMPORAL
 from ditcast.runtime.machine import cpu_flags
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def audit_rows(found: Audit) -> list[list[str]]:
             rates = [f"{layer.giga_ops:.0f}", f"{layer.giga_ops / roof:.0%}"]
         name = f"{layer.layer} ({layer.precision})"
         rows.append([name, layer.kernel, runs, *figures, *rates])
-    steps = [layer for layer in found.layers if not layer.layer.startswith("temporal.")]
+    steps = [layer for layer in found.layers if not layer.layer.startswith(TEMPORAL)]
     total = sum(found.other.values()) + sum(layer.latency_ms for layer in steps)
     kernels = list(found.other.items())
     rest = sum(ms for _, ms in kernels[SHOWN_KERNELS:])

@@ -19,6 +19,7 @@ from torch.nn import functional
 from ditcast.errors import UnsupportedError
 from ditcast.models.base import Modulated, Part, Temporal
 from ditcast.models.operators import attention
+from ditcast.recipe import TEMPORAL
 
 ACTIVATIONS = {"gelu": "none", "gelu-approximate": "tanh"}
 
@@ -273,7 +274,7 @@ class DiTAdapter:
 
     def temporal_linears(self) -> dict[str, nn.Linear]:
         """The Linears of the TIB; the label tables are looked up, not multiplied."""
-        return {f"temporal.{name}": linear for name, linear in _linears(self.temporal).items()}
+        return {f"{TEMPORAL}{name}": linear for name, linear in _linears(self.temporal).items()}
 
     def modulated(self) -> dict[str, Modulated]:
         """The Linears behind a modulated norm: every block's first of each slot."""
