@@ -20,7 +20,6 @@ import argparse
 import fnmatch
 import gc
 import json
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -31,6 +30,7 @@ from typing import Any, NoReturn, TypeVar
 
 import cpu_report
 import numpy as np
+from command import tool
 from cpu_rivals import FULL, NNCF, PACKAGES, Rival, UnavailableError, prepare, rivals, started
 from cpu_steps import BATCHES, Cast, Contender, Job, Samples, Stepper, Turn
 from numpy.typing import NDArray
@@ -373,20 +373,17 @@ def check(args: argparse.Namespace) -> Job:
     return Job(bundle=bundle, work=args.work.resolve(), threads=threads)
 
 
+@tool("bench_cpu")
 def main() -> None:
     """Measure and report: exit 2 for wrong usage or input, in one line."""
-    try:
-        args = parse()
-        job = check(args)
-        report = measure(job, args.rivals, args.rounds, args.images)
-        cpu_report.show(report)
-        if args.json is not None:
-            args.json.write_text(json.dumps(report, indent=1) + "\n")
-        if args.plot is not None:
-            cpu_report.plot(report, args.plot)
-    except DitcastError as err:
-        print("bench_cpu: error: " + " ".join(str(err).split()), file=sys.stderr)
-        sys.exit(2)
+    args = parse()
+    job = check(args)
+    report = measure(job, args.rivals, args.rounds, args.images)
+    cpu_report.show(report)
+    if args.json is not None:
+        args.json.write_text(json.dumps(report, indent=1) + "\n")
+    if args.plot is not None:
+        cpu_report.plot(report, args.plot)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, get_args
 
@@ -25,6 +24,7 @@ import numpy as np
 import quality_report
 import torch
 from bench_cpu import paired
+from command import tool
 from cpu_report import spread
 from quality_run import (
     DAMAGES,
@@ -326,18 +326,15 @@ def check(args: argparse.Namespace) -> None:
         optional("plotly.graph_objects", "report")
 
 
+@tool("quality_table")
 def main() -> None:
     """Measure and report: exit 2 for wrong usage or input, in one line."""
-    try:
-        args = parse()
-        check(args)
-        report = measure(args)
-        quality_report.show(report)
-        if args.page is not None:
-            quality_report.plot(report, args.page)
-    except DitcastError as err:
-        print("quality_table: error: " + " ".join(str(err).split()), file=sys.stderr)
-        sys.exit(2)
+    args = parse()
+    check(args)
+    report = measure(args)
+    quality_report.show(report)
+    if args.page is not None:
+        quality_report.plot(report, args.page)
 
 
 if __name__ == "__main__":
