@@ -231,7 +231,8 @@ def quantized(adapter: Adapter, qparams: QParams) -> Iterator[Simulation]:
             del module
             steps.columns = args[1][:, end:]
 
-        stack.callback(adapter.denoiser.register_forward_pre_hook(read).remove)
+        for module in (adapter.denoiser, adapter.reuse):
+            stack.callback(module.register_forward_pre_hook(read).remove)
         yield found
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -214,13 +214,12 @@ def _write_target(
     linears: dict[str, nn.Linear],
 ) -> None:
     """All graphs of one target over one weights file, and a short graph loop for parity."""
-    temporal = {n: held for n, held in qparams.layers.items() if n.startswith(TEMPORAL)}
-    rest = {n: held for n, held in qparams.layers.items() if n not in temporal}
     group = bundle.manifest.recipe.group
     with WeightStore(folder) as store:
         for name in STEP_GRAPHS:
             graph = traced[name].copy()
-            layers = {"temporal": temporal, "full": rest}.get(name)
+            held = _layers_in(adapter, name, qparams.layers)
+            layers = {layer: qparams.layers[layer] for layer in held}
             if layers:
                 insert_qdq(graph, layers, TARGETS[target], linears, group)
             store.save(graph, folder / f"{name}.onnx")
@@ -232,6 +231,14 @@ def _write_target(
         for name, steps in loops if TARGETS[target].loop else ():
             spec = _loop_spec(bundle, adapter, parts, steps)
             store.save_proto(sampler_graph(spec), folder / f"{name}.onnx")
+
+
+def _layers_in(adapter: Adapter, graph: str, layers: Iterable[str]) -> list[str]:
+    """Those of the layers that a graph holds: a reuse step has the network's last part alone."""
+    starts = {"temporal": TEMPORAL, "reuse": f"{adapter.parts[-1].name}."}
+    if graph in starts:
+        return [name for name in layers if name.startswith(starts[graph])]
+    return [name for name in layers if graph == "sampler" or not name.startswith(TEMPORAL)]
 
 
 def _loop_spec(
@@ -283,12 +290,10 @@ def _compare(
     short = folder / f"{SHORT}.onnx"
     if short.exists():
         probes = probes | {"sampler": _loop_probe(bundle, adapter)}
-    rounding = {name for name, layer in simulation.layers.items() if layer.scale is not None}
-    temporal = any(name.startswith(TEMPORAL) for name in rounding)
-    rounded = {"temporal": temporal, "full": bool(rounding), "sampler": bool(rounding)}
+    rounding = [name for name, layer in simulation.layers.items() if layer.scale is not None]
     for name, probe in probes.items():
         unquantized: dict[str, Tensor] | None = None
-        if rounded.get(name):
+        if _layers_in(adapter, name, rounding):
             unquantized = {}
             # Behind more than the first layers, only closeness of the whole can be asked.
             if name != "sampler":

@@ -30,7 +30,7 @@ from ditcast.models import LoadedModel
 from ditcast.models.base import describe
 from ditcast.runtime import Pipeline
 from ditcast.runtime.backends import graph_file, make_backend
-from tests.conftest import RECIPE
+from tests.conftest import RECIPE, make_bundle
 
 Usage = namedtuple("Usage", ["total", "used", "free"])
 
@@ -343,3 +343,19 @@ def test_a_quantized_graph_is_closer_to_its_simulation_than_to_the_float_model(
         ParityError, match=r"got 1.0e\+00, expected at most 0.5 of the quantization error"
     ):
         parity.measure(identity, {"x": unquantized}, {"y": simulated}, {"y": unquantized})
+
+
+@pytest.mark.parametrize("keys", [{}, {"fsc": "all"}], ids=["one range", "a range per step"])
+def test_a_quantized_last_layer_is_quantized_in_reuse_steps_too(
+    tiny: LoadedModel, tmp_path: Path, keys: dict[str, Any]
+) -> None:
+    """Rules may ask for it; the reuse step then rounds as its simulation does, in both loops."""
+    rules = [{"pattern": "*", "precision": "w8a8"}]
+    found = make_bundle(tiny, tmp_path / "b", rules=rules, **keys)
+    nodes = onnx.load(found.graph("onnxruntime", "reuse"), load_external_data=False).graph.node
+    assert [node.name for node in nodes if node.op_type == "QuantizeLinear"] == [
+        "final.proj/QuantizeLinear"
+    ]
+    pipeline = Pipeline(found)
+    samples = pipeline.sample([0, 3], seed=3)
+    assert np.array_equal(samples, pipeline.sample([0, 3], seed=3, loop="graph"))
