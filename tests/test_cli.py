@@ -360,3 +360,18 @@ def test_a_class_name_may_hold_a_comma() -> None:
     assert parse_labels(joined[1], classes) == [0, 1]
     assert parse_labels("1,0", classes) == [1, 0]
     assert joined[2:] == ["--seed", "1"]
+
+
+def test_labels_to_be_stored_are_numbers_or_names(cli: Cli, tiny_dir: Path, tmp_path: Path) -> None:
+    """Of the model that is compiled; they become part of the recipe, and null is stored too."""
+    keys = [f"--{key}={value}" for key, value in (RECIPE | {"temporal": "cache"}).items()]
+    done = cli("calibrate", tiny_dir, "-o", tmp_path / "b", *keys, "--labels", "class-3", "1")
+    assert done.code == 0
+    manifest = Bundle.open(tmp_path / "b").manifest
+    assert manifest.recipe.labels == (3, 1)
+    assert manifest.quantization is not None
+    assert manifest.quantization.stored == (1, 3, 5)
+    assert set(manifest.quantization.labels) <= {1, 3}  # of trajectories
+    done = cli("calibrate", tiny_dir, "-o", tmp_path / "c", *keys, "--labels", "class-9")
+    assert done.code == 2
+    assert "labels: got 'class-9', expected class numbers or a name, such as class-0" in done.err

@@ -25,6 +25,7 @@ from ditcast.models import LoadedModel, load
 from ditcast.runtime import Pipeline
 from ditcast.runtime.audit import audit
 from ditcast.runtime.backends import GraphFile, graph_file, make_backend
+from ditcast.runtime.bench import bench
 from ditcast.schedule import from_config
 from tests.conftest import TINY, make_bundle
 
@@ -363,3 +364,12 @@ def test_codes_of_one_step_are_those_of_the_simulation(
         differ = found[f"{name}/codes"] != seen[name]
         assert differ.mean() <= 1e-3
         assert found[f"{name}/codes"].std() > 10  # they are spread over their range
+
+
+def test_stored_features_are_measured_on_their_labels_and_steps(made: Made) -> None:
+    """All variants make images of the same labels, and the full schedule even to warm up."""
+    report = bench(made("cache"), count=3)
+    rows = {row["name"]: row for row in report["variants"]}
+    assert {row["samples"] for row in rows.values()} == {3}
+    assert rows["w8a8"]["psnr_db"]["p50"] > 30
+    assert all(row["peak_memory_mib"] for row in rows.values())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -105,3 +106,24 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(__import__("sys").modules, "ditcast.runtime.backends.openvino")
     with pytest.raises(MissingDependencyError, match=r"pip install 'ditcast\[openvino\]'"):
         make_backend("openvino", Settings())
+
+
+@pytest.mark.parametrize(("graph", "bits", "hint"), [("temporal", 7, "f32"), ("full", 7, None)])
+def test_temporal_features_stay_in_full_precision(
+    backend: OpenVinoBackend,
+    monkeypatch: pytest.MonkeyPatch,
+    graph: str,
+    bits: int,
+    hint: str | None,
+) -> None:
+    """The float parts of a quantized step are free to be bfloat16; what every step uses is not."""
+
+    class Core:
+        def compile_model(self, model: Any, device: str, settings: dict[str, Any]) -> Any:
+            del model, device
+            return settings
+
+    monkeypatch.setattr(backend, "core", Core())
+    file = GraphFile(path=Path(f"{graph}.onnx"), weight_bits=bits)
+    settings = backend.compile(None, file, "", profiled=True)
+    assert settings.get("INFERENCE_PRECISION_HINT") == hint
