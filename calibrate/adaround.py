@@ -12,12 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from ditcast.calibrate.codes import grouped, weight_limits
+from ditcast.calibrate.gptq import compensated
 from ditcast.calibrate.layers import Layer, QuantizedLayer
 from ditcast.calibrate.qparams import LayerScales
 
 GAMMA, ZETA = -0.1, 1.1  # stretch of the sigmoid, so that it reaches 0 and 1
 REGULARIZER = 0.01  # weight of the sum that drives every rounding to 0 or 1
 BETA = (20.0, 2.0)  # its exponent, falling linearly from the end of the warm-up
+LEAN = 0.3  # from 1/2, of roundings that start at decisions (0.45 was measured to be worse)
 WARM_UP = 0.2  # share of the iterations without it
 RATE = 1e-3  # learning rate of the papers, for their 20000 iterations
 PAPER_ITERATIONS = 20_000
@@ -27,16 +29,22 @@ LARGEST_RATE = 3e-2  # measured: beyond it, roundings swing
 class Rounding(nn.Module):
     """The learned rounding of one weight: `floor(w / s) + r(v)`, r in [0, 1]."""
 
-    def __init__(self, layer: Layer, scales: LayerScales) -> None:
-        """Start where r(v) is the fractional part of w / s: at the weight itself."""
+    def __init__(self, layer: Layer, scales: LayerScales, start: Tensor | None = None) -> None:
+        """Start where r(v) is the fractional part of w / s: at the weight itself.
+
+        Or from `start` (O, I), weights in steps of their scale that compensate each other's
+        rounding (GPTQ). They do so only once they are rounded, so that r(v) leans to that code.
+        """
         super().__init__()
         weight = layer.weight.data
         self.shape, self.limits = weight.shape, weight_limits(scales.bits.weight)
         self.step = grouped(weight, scales.weight)
-        steps = weight.reshape(len(weight), -1) / self.step
+        steps = weight.reshape(len(weight), -1) / self.step if start is None else start
         self.floor = torch.floor(steps)
-        stretched = (steps - self.floor - GAMMA) / (ZETA - GAMMA)
-        self.v = nn.Parameter(torch.logit(stretched))
+        up = steps - self.floor
+        if start is not None:
+            up = 0.5 + torch.where(up < 0.5, -LEAN, LEAN)
+        self.v = nn.Parameter(torch.logit((up - GAMMA) / (ZETA - GAMMA)))
 
     def up(self) -> Tensor:
         """r(v), (O, I)."""
@@ -48,12 +56,24 @@ class Rounding(nn.Module):
         return (codes * self.step).view(self.shape)
 
     def hard(self) -> Tensor:
-        """The decision, (O, I) bool."""
-        return self.v.data >= 0
+        """The codes decided on, (O, I) int8."""
+        return torch.clamp(self.floor + (self.v.data >= 0), *self.limits).to(torch.int8)
 
     def regularizer(self, beta: float) -> Tensor:
         """The sum over weights of 1 - |2 r - 1|^beta."""
         return (1 - (2 * self.up() - 1).abs().pow(beta)).sum()
+
+
+def start(
+    linears: Mapping[str, nn.Linear], scales: Mapping[str, LayerScales], grams: Mapping[str, Tensor]
+) -> dict[str, Rounding]:
+    """Where the roundings of some layers start: from GPTQ where there is a gram matrix."""
+    found = {}
+    for name, held in scales.items():
+        weight = linears[name].weight.data
+        steps = compensated(weight, held, grams[name]) if name in grams else None
+        found[name] = Rounding(linears[name], held, steps)
+    return found
 
 
 def reconstruct(
@@ -78,7 +98,7 @@ def reconstruct(
     for name, rounding in roundings.items():
         layers[name].weight = rounding.soft
     # Fewer iterations go as far with larger steps.
-    rate = min(RATE * PAPER_ITERATIONS / iterations, LARGEST_RATE)
+    rate = min(RATE * PAPER_ITERATIONS / max(iterations, 1), LARGEST_RATE)
     groups = [
         {"params": [r.v for r in roundings.values()], "lr": rate},
         {"params": list(scales.values()), "lr": rate / 10},

@@ -15,8 +15,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ditcast.calibrate import adaround
 from ditcast.calibrate import qparams as files
-from ditcast.calibrate.adaround import Rounding, reconstruct
+from ditcast.calibrate.gptq import grams
 from ditcast.calibrate.layers import QuantizedLayer
 from ditcast.calibrate.methods import METHODS
 from ditcast.calibrate.qparams import LayerScales, QParams
@@ -161,13 +162,13 @@ class Walk:
         with quantized(self.adapter, QParams(balance=self.base.balance)):
             bits = {name: self.bits[name] for name in names}
             start = self.method.nearest(linears, bits, self.recipe.group)
-            roundings = {name: Rounding(linears[name], held) for name, held in start.items()}
+            roundings = adaround.start(linears, start, self._grams(linears, names, unit))
         scales = self._ranges(start, unit) if self.method.learn else {}
         learned = {name: nn.Parameter(scale.log()) for name, scale in scales.items()}
         with self._layered(start) as found:
             for name, parameter in learned.items():
                 self._follow(found.layers[name], parameter.exp)
-            reconstruct(
+            adaround.reconstruct(
                 unit,
                 wanted,
                 found.layers,
@@ -177,7 +178,7 @@ class Walk:
                 batch=BATCH,
                 seed=self.recipe.seed + seed,
             )
-        done = {name: replace(start[name], rounding=r.hard()) for name, r in roundings.items()}
+        done = {name: replace(start[name], codes=r.hard()) for name, r in roundings.items()}
         if self.method.learn:
             scales = {name: parameter.data.exp() for name, parameter in learned.items()}
         else:
@@ -186,6 +187,16 @@ class Walk:
             name: replace(held, activation=scales[name]) if name in scales else held
             for name, held in done.items()
         }
+
+    def _grams(
+        self, linears: dict[str, nn.Linear], names: list[str], unit: Unit
+    ) -> dict[str, Tensor]:
+        """What error compensation knows of the inputs of these layers."""
+        if self.recipe.init == "nearest":
+            return {}
+        with grams({name: linears[name] for name in names}) as found:
+            self._through(unit)
+        return found
 
     def _ranges(self, scales: Scales, unit: Unit) -> dict[str, Tensor]:
         """Input scales, () or (B,), of the denoiser's layers, measured with weights rounded."""

@@ -55,13 +55,10 @@ def weight_scale(weight: Tensor, *, search: bool, bits: int, group: int = 0) -> 
     return scale
 
 
-def weight_codes(
-    weight: Tensor, scale: Tensor, bits: int, rounding: Tensor | None = None
-) -> Tensor:
-    """Codes (O, I) as float32: to the nearest, or where `rounding` says so up, else down."""
+def weight_codes(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """Codes (O, I) as float32, to the nearest."""
     steps = weight.reshape(len(weight), -1) / grouped(weight, scale)
-    rounded = torch.round(steps) if rounding is None else torch.floor(steps) + rounding
-    return torch.clamp(rounded, *weight_limits(bits))
+    return torch.clamp(torch.round(steps), *weight_limits(bits))
 
 
 def fake_quantize(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ditcast.calibrate.codes import fake_quantize, grouped, levels, weight_codes
+from ditcast.calibrate.codes import fake_quantize, grouped, levels
 from ditcast.calibrate.qparams import LayerScales
 
 Rows = Callable[[], tuple[Tensor, Tensor | None]]  # scale and zero point of every row at hand
@@ -34,7 +34,7 @@ class QuantizedLayer(nn.Module):
         """Round the weight of `layer`, which stays as it is."""
         super().__init__()
         weight = layer.weight.data
-        codes = weight_codes(weight, scales.weight, scales.bits.weight, scales.rounding)
+        codes = scales.weight_codes(weight)
         restored = (codes * grouped(weight, scales.weight)).view_as(weight)
         self.bits, self.rows, self.folded = scales.bits.activation, rows, folded
         self.weight: Callable[[], Tensor] = lambda: restored

@@ -10,9 +10,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ditcast import tensors
+from ditcast.calibrate.codes import weight_codes
 from ditcast.errors import ConfigError
 from ditcast.recipe import Bits, Rule
 
@@ -21,17 +23,23 @@ from ditcast.recipe import Bits, Rule
 class LayerScales:
     """One quantized Linear (O, I).
 
-    `weight` is (O,) per output channel, or (O, G) per group of inputs. `rounding` (O, I) bool
-    says which weights are rounded up (AdaRound); None is to the nearest. `activation` is the
+    `weight` is (O,) per output channel, or (O, G) per group of inputs. `codes` (O, I) int8 are
+    the weight's where they were learned; None is to the nearest. `activation` is the
     input's scale, () or one per bin (B,); `zero_point` its codes of zero, in the signed range;
     both are None where the input stays in float.
     """
 
     bits: Bits
     weight: Tensor
-    rounding: Tensor | None = None
+    codes: Tensor | None = None
     activation: Tensor | None = None
     zero_point: Tensor | None = None
+
+    def weight_codes(self, weight: Tensor) -> Tensor:
+        """The codes (O, I) of the layer's weight, as float32."""
+        if self.codes is not None:
+            return self.codes.float()
+        return weight_codes(weight, self.weight, self.bits.weight)
 
     @property
     def stepwise(self) -> bool:
@@ -126,10 +134,9 @@ def save(qparams: QParams, path: Path) -> None:
     found: dict[str, Any] = {"edges": qparams.edges.numpy()}
     for name, layer in qparams.layers.items():
         found[f"layers|{name}|bits"] = np.array(layer.bits, np.int32)
-        if layer.rounding is not None:  # an eighth of a byte per weight
-            packed = np.packbits(layer.rounding.numpy(), axis=1)
-            found[f"layers|{name}|rounding"] = packed
-            found[f"layers|{name}|inputs"] = np.array(layer.rounding.shape[1], np.int32)
+        if layer.codes is not None:
+            found[f"layers|{name}|codes"] = _packed(layer.codes.numpy(), layer.bits.weight)
+            found[f"layers|{name}|inputs"] = np.array(layer.codes.shape[1], np.int32)
         for key in _LAYER:
             if getattr(layer, key) is not None:
                 found[f"layers|{name}|{key}"] = getattr(layer, key).numpy()
@@ -165,17 +172,31 @@ def load(path: Path) -> QParams:
 
 
 def _layer(found: dict[str, Tensor], prefix: str) -> LayerScales:
-    rounding = None
-    if f"{prefix}rounding" in found:
-        packed = found[f"{prefix}rounding"].numpy()
-        count = int(found[f"{prefix}inputs"])
-        rounding = torch.from_numpy(np.unpackbits(packed, axis=1, count=count)).bool()
+    bits, codes = Bits(*found[f"{prefix}bits"].tolist()), found.get(f"{prefix}codes")
+    if codes is not None:
+        inputs = int(found[f"{prefix}inputs"])
+        codes = torch.from_numpy(_unpacked(codes.numpy(), bits.weight, inputs))
     weight, activation, zero_point = (found.get(prefix + key) for key in _LAYER)
     assert weight is not None
     return LayerScales(
-        bits=Bits(*found[f"{prefix}bits"].tolist()),
+        bits=bits,
         weight=weight,
-        rounding=rounding,
+        codes=codes,
         activation=activation,
         zero_point=zero_point,
     )
+
+
+def _packed(codes: NDArray[np.int8], bits: int) -> NDArray[np.int8]:
+    """Two codes of 4 bits to a byte, the second one above the first."""
+    if bits > 4:
+        return codes
+    pairs = np.pad(codes, ((0, 0), (0, codes.shape[1] % 2)))
+    return (pairs[:, ::2] & 15) | (pairs[:, 1::2] << 4)
+
+
+def _unpacked(packed: NDArray[np.int8], bits: int, inputs: int) -> NDArray[np.int8]:
+    if bits > 4:
+        return packed
+    pairs = np.stack([packed << 4 >> 4, packed >> 4], axis=-1)
+    return pairs.reshape(len(packed), -1)[:, :inputs]

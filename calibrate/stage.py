@@ -165,6 +165,7 @@ class _Calibration:
                     scales,
                     self.timesteps,
                     self._tib_labels(),
+                    init=self.recipe.init,
                     iterations=self.recipe.iterations,
                     seed=self.recipe.seed,
                     advance=advance,

@@ -14,8 +14,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from ditcast.calibrate.adaround import Rounding, reconstruct
+from ditcast.calibrate.adaround import reconstruct, start
 from ditcast.calibrate.codes import affine
+from ditcast.calibrate.gptq import grams
 from ditcast.calibrate.layers import QuantizedLayer
 from ditcast.calibrate.qparams import LayerScales, OutputScales, QParams
 from ditcast.calibrate.simulate import quantized
@@ -45,14 +46,16 @@ def tiar(
     timesteps: Tensor,
     labels: Tensor,
     *,
+    init: str,
     iterations: int,
     seed: int,
     advance: Callable[[], None],
 ) -> Scales:
     """Temporal information aware reconstruction: the sum over outputs of ||e - e_q||^2."""
     linears = adapter.temporal_linears()
-    targets = torch.cat([adapter.temporal(t[None], labels)[0] for t in timesteps])
-    roundings = {name: Rounding(linears[name], held) for name, held in scales.items()}
+    with grams({name: linears[name] for name in scales if init == "gptq"}) as found:
+        targets = torch.cat([adapter.temporal(t[None], labels)[0] for t in timesteps])
+    roundings = start(linears, scales, found)
 
     def forward(rows: Tensor) -> Tensor:
         t, y = timesteps[rows // len(labels)], labels[rows % len(labels)]
@@ -71,7 +74,7 @@ def tiar(
             seed=seed,
             advance=advance,
         )
-    return {name: replace(scales[name], rounding=r.hard()) for name, r in roundings.items()}
+    return {name: replace(scales[name], codes=r.hard()) for name, r in roundings.items()}
 
 
 def ranges(

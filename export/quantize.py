@@ -9,7 +9,6 @@ import onnx
 import onnx_graphsurgeon as gs
 from torch import nn
 
-from ditcast.calibrate.codes import weight_codes
 from ditcast.calibrate.qparams import LayerScales
 from ditcast.errors import UnsupportedError
 from ditcast.export.store import as_int4
@@ -99,7 +98,7 @@ def _weight(
     4-bit codes of a layer with an integer input are cast to 8 bits first: ONNX Runtime then runs
     the kernel of 8-bit weights, and the file is half the size.
     """
-    found = weight_codes(linear.weight.data, scales.weight, scales.bits.weight, scales.rounding)
+    found = scales.weight_codes(linear.weight.data)
     codes: gs.Tensor = gs.Constant(f"{layer}/weight/codes", found.numpy().astype(np.int8).T)
     if scales.bits.weight <= INT4:
         codes = as_int4(codes)

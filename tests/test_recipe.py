@@ -106,7 +106,7 @@ def test_rules_of_every_scheme(scheme: str, temporal: str) -> None:
         ),
         ({"group": -1}, "group: got -1; input should be greater than or equal to 0"),
         ({"scheme": "w5a5"}, "scheme: got 'w5a5'; input should be 'w8a8'"),
-        ({"iterations": 0}, "iterations: got 0"),
+        ({"iterations": -1}, "iterations: got -1"),
         ({"labels": ["cat"]}, "labels.0: got 'cat'; input should be a valid integer"),
         ({"percentile": 101}, "percentile: got 101"),
         ({"seed": -1}, "seed: got -1"),

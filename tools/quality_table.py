@@ -59,6 +59,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "fsc": {"method": "tfmq", "temporal": "naive", "fsc": "tib"},
     "tfmq": {"method": "tfmq", "temporal": "tib", "fsc": "tib"},
     "tfmq-all": {"method": "tfmq", "temporal": "tib", "fsc": "all"},
+    "tfmq-nearest": {"method": "tfmq", "temporal": "tib", "init": "nearest"},
+    "gptq": {"method": "tfmq", "temporal": "tib", "iterations": 0},
     "tfmq-fp": {"method": "tfmq", "temporal": "fp"},
     "cache": {"method": "tfmq", "temporal": "cache"},
     "select": {"method": "tfmq", "temporal": "select"},

@@ -84,8 +84,11 @@ class Recipe(BaseModel):
     labels: tuple[int, ...] = Field(
         (), description="labels whose temporal features are stored (cache, select); empty is all"
     )
+    init: Literal["nearest", "gptq"] = Field(
+        "gptq", description="codes that reconstruction starts from"
+    )
     iterations: int = Field(
-        500, ge=1, description="optimization steps per reconstructed block (papers: 20000)"
+        500, ge=0, description="optimization steps per reconstructed block (papers: 20000)"
     )
     rows: int = Field(1024, ge=1, description="calibration rows that reconstruction sees")
     cache: Literal["none", "fora"] = Field("fora", description="cache policy")

@@ -47,7 +47,7 @@ class Unit:
         return y.movedim(1, -1) if isinstance(self.layer, nn.Conv2d) else y
 
     def learn(self, iterations: int, seed: int = 0) -> Tensor:
-        """The roundings found."""
+        """The codes found."""
         quantized_layer = QuantizedLayer(self.layer, self.scales)
         rounding = Rounding(self.layer, self.scales)
         reconstruct(
@@ -62,10 +62,10 @@ class Unit:
         )
         return rounding.hard()
 
-    def error(self, rounding: Tensor | None, x: Tensor | None = None) -> float:
+    def error(self, codes: Tensor | None, x: Tensor | None = None) -> float:
         """Mean squared difference to full precision, on the same inputs or on others."""
         x = self.x if x is None else x
-        layer = QuantizedLayer(self.layer, replace(self.scales, rounding=rounding))
+        layer = QuantizedLayer(self.layer, replace(self.scales, codes=codes))
         return float((layer(x) - self.layer(x)).square().mean())
 
 
@@ -88,8 +88,8 @@ def test_the_first_decision_is_the_nearest_code() -> None:
     layer = nn.Linear(64, 32)
     scales = nearest(layer)
     rounding = Rounding(layer, scales)
-    found = weight_codes(layer.weight.data, scales.weight, 4, rounding.hard())
-    assert torch.equal(found, weight_codes(layer.weight.data, scales.weight, 4))
+    found = rounding.hard()
+    assert torch.equal(found.float(), weight_codes(layer.weight.data, scales.weight, 4))
 
 
 def test_a_clipped_weight_starts_at_its_limit() -> None:
@@ -98,6 +98,7 @@ def test_a_clipped_weight_starts_at_its_limit() -> None:
     layer.weight.data = torch.tensor([[9.3, -12.0]])
     rounding = Rounding(layer, LayerScales(bits=W4, weight=torch.ones(1)))
     assert rounding.soft().tolist() == [[7.0, -8.0]]
+    assert rounding.hard().tolist() == [[7, -8]]
 
 
 def test_the_regularizer_vanishes_at_decisions() -> None:
@@ -174,7 +175,7 @@ def learn_block(
             batch=8,
             seed=0,
         )
-    learned = {name: replace(start[name], rounding=r.hard()) for name, r in roundings.items()}
+    learned = {name: replace(start[name], codes=r.hard()) for name, r in roundings.items()}
     errors = []
     for layers in (start, learned):
         with quantized(tiny.adapter, QParams(layers=layers)), torch.no_grad():
@@ -220,7 +221,7 @@ def test_a_learned_scale_beats_a_bad_one() -> None:
     assert len(seen) == 300
 
     def error(scale: Tensor) -> float:
-        learned = replace(scales, rounding=rounding.hard(), activation=scale)
+        learned = replace(scales, codes=rounding.hard(), activation=scale)
         return float((QuantizedLayer(layer, learned)(x) - layer(x)).square().sum(dim=-1).mean())
 
     found = logarithm.detach().exp()

@@ -96,36 +96,22 @@ def test_a_convolution_is_one_row_per_output_channel() -> None:
     assert (codes * scale[:, None] - weight.reshape(4, 12)).abs().max() <= scale.max() / 2
 
 
-def test_roundings_go_up_or_down() -> None:
-    """Where they say so up, else down, whatever is nearer; and never over the limits."""
-    weight = torch.tensor([[0.1, 0.9, -0.1, -0.9, 7.4, -8.0]])
-    up = torch.tensor([[True, False, True, False, True, False]])
-    scale = torch.ones(1)
-    assert weight_codes(weight, scale, 4, up).tolist() == [[1, 0, 0, -1, 7, -8]]
-    assert weight_codes(weight, scale, 4, ~up).tolist() == [[0, 1, -1, 0, 7, -7]]
-    assert weight_codes(weight, scale, 4).tolist() == [[0, 1, 0, -1, 7, -8]]
-
-
 @given(
     values=st.lists(finite, min_size=1, max_size=20),
     scale=st.floats(1e-3, 10),
     bits=st.sampled_from(BITS),
 )
-def test_rounding_to_the_nearest_is_the_better_direction(
+def test_the_nearest_code_is_the_best_within_the_limits(
     values: list[float], scale: float, bits: int
 ) -> None:
-    """Of up and down, within the limits."""
+    """No other code has a smaller error."""
     weight = torch.tensor([values], dtype=torch.float64)
     held = torch.tensor([scale], dtype=torch.float64)
-    up = torch.ones_like(weight, dtype=torch.bool)
-    nearest, above, below = (
-        weight_codes(weight, held, bits, rounding) for rounding in (None, up, ~up)
-    )
     low, high = weight_limits(bits)
-    assert ((nearest >= low) & (nearest <= high)).all()
-    errors = [(codes * held[:, None] - weight).abs() for codes in (nearest, above, below)]
-    smaller = torch.minimum(errors[1], errors[2])
-    torch.testing.assert_close(errors[0], smaller, rtol=1e-9, atol=1e-9)
+    every = torch.arange(low, high + 1)[:, None] * held
+    found = weight_codes(weight, held, bits) * held
+    best = (every - weight).abs().amin(dim=0)
+    torch.testing.assert_close((found - weight).abs()[0], best, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("search", [False, True])

@@ -105,7 +105,7 @@ def test_reconstructed_parts_are_not_made_again(
         calls.append(options["iterations"])
         return reconstruct(*arguments, **options)
 
-    monkeypatch.setattr(blocks, "reconstruct", counted)
+    monkeypatch.setattr(adaround, "reconstruct", counted)
     calibrate(Bundle.open(tmp_path / "b"), tiny)
     assert calls == [4]
 

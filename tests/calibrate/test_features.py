@@ -231,7 +231,7 @@ def test_blocks_are_reconstructed_behind_stored_labels_only(
     _, found = calibrated(tiny, tmp_path / "b", temporal="cache", method=method, **keys)
     assert found.stored is not None
     assert found.stored.labels.tolist() == [2, 5]
-    assert all(held.rounding is not None for held in found.layers.values())
+    assert all(held.codes is not None for held in found.layers.values())
 
 
 def check(model: LoadedModel, **keys: Any) -> None:

@@ -43,13 +43,13 @@ def test_a_linear_without_a_bias() -> None:
 
 
 def test_learned_roundings_and_groups() -> None:
-    """Weights 0.34 of scale 0.1 rounded up to 4 and 0.36 down to 3; -1.0 clipped at -8 of 0.1."""
+    """Weights 0.34 of scale 0.1 as 4 and 0.36 as 3; -1.0 clipped at -8 of 0.1."""
     layer = linear([[0.34, 0.36, -1.0, 0.5]], [0.0])
-    up = torch.tensor([[True, False, False, True]])
-    scales = LayerScales(bits=Bits(4, 16), weight=torch.tensor([[0.1, 0.1]]), rounding=up)
+    codes = torch.tensor([[4, 3, -8, 6]], dtype=torch.int8)
+    scales = LayerScales(bits=Bits(4, 16), weight=torch.tensor([[0.1, 0.1]]), codes=codes)
     found = QuantizedLayer(layer, scales)(torch.eye(4))
     torch.testing.assert_close(found, torch.tensor([[0.4], [0.3], [-0.8], [0.6]]))
-    wider = replace(scales, weight=torch.tensor([[0.1, 0.2]]), rounding=None)
+    wider = replace(scales, weight=torch.tensor([[0.1, 0.2]]), codes=None)
     found = QuantizedLayer(layer, wider)(torch.eye(4))
     torch.testing.assert_close(found, torch.tensor([[0.3], [0.4], [-1.0], [0.4]]))
 

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from ditcast.calibrate.codes import weight_limits
 from ditcast.calibrate.qparams import (
     LayerScales,
     OutputScales,
@@ -33,7 +34,7 @@ def found() -> QParams:
             "temporal.modulation.0": LayerScales(
                 bits=Bits(4, 6),
                 weight=torch.tensor([0.1, 0.2]),
-                rounding=torch.rand(2, 11, generator=generator) > 0.5,  # no multiple of a byte
+                codes=torch.randint(-8, 8, (2, 11), generator=generator, dtype=torch.int8),  # odd
                 activation=torch.tensor([0.5, 0.25, 1.0]),
                 zero_point=torch.tensor([-3.0, 0.0, 7.0]),
             ),
@@ -90,28 +91,36 @@ def test_nothing_survives_the_disk_too(tmp_path: Path) -> None:
     assert not load(tmp_path / "file")
 
 
-@given(outputs=st.integers(1, 5), inputs=st.integers(1, 40), seed=st.integers(0, 99))
-def test_roundings_survive_the_disk(
-    outputs: int, inputs: int, seed: int, tmp_path_factory: pytest.TempPathFactory
+@given(
+    outputs=st.integers(1, 5),
+    inputs=st.integers(1, 40),
+    bits=st.sampled_from([4, 6, 8]),
+    seed=st.integers(0, 99),
+)
+def test_codes_survive_the_disk(
+    outputs: int, inputs: int, bits: int, seed: int, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """Eight to a byte, whatever their number."""
-    up = torch.rand(outputs, inputs, generator=torch.Generator().manual_seed(seed)) > 0.5
-    path = tmp_path_factory.getbasetemp() / "roundings"
-    layer = LayerScales(bits=Bits(4, 8), weight=torch.ones(outputs), rounding=up)
+    """Two of 4 bits to a byte, whatever their number; both limits among them."""
+    low, high = weight_limits(bits)
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(low, high + 1, (outputs, inputs), generator=generator, dtype=torch.int8)
+    codes[0, 0], codes[-1, -1] = low, high
+    path = tmp_path_factory.getbasetemp() / "codes"
+    layer = LayerScales(bits=Bits(bits, 8), weight=torch.ones(outputs), codes=codes)
     save(QParams(layers={"layer": layer}), path)
-    rounding = load(path).layers["layer"].rounding
-    assert rounding is not None
-    assert torch.equal(rounding, up)
+    found = load(path).layers["layer"].codes
+    assert found is not None
+    assert torch.equal(found, codes)
 
 
-def test_a_rounding_takes_one_bit_per_weight(tmp_path: Path) -> None:
+def test_a_code_of_4_bits_takes_4_bits(tmp_path: Path) -> None:
     """The file of a large model would otherwise be as large as the model."""
     layer = LayerScales(bits=Bits(4, 8), weight=torch.ones(64))
     save(QParams(layers={"layer": layer}), tmp_path / "without")
-    rounded = replace(layer, rounding=torch.ones(64, 1024, dtype=torch.bool))
+    rounded = replace(layer, codes=torch.ones(64, 1024, dtype=torch.int8))
     save(QParams(layers={"layer": rounded}), tmp_path / "with")
     sizes = [(tmp_path / name).stat().st_size for name in ("with", "without")]
-    assert sizes[0] - sizes[1] <= 64 * 1024 / 8 + 512  # and two entries of the header
+    assert sizes[0] - sizes[1] <= 64 * 1024 / 2 + 512  # and two entries of the header
 
 
 def rules(*pairs: tuple[str, str]) -> list[Rule]:

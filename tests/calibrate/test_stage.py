@@ -99,7 +99,7 @@ def test_absmax_scales_are_those_of_the_trajectories(
         assert float(held.activation) == pytest.approx(seen[name] / 127, rel=1e-6)
         largest = linears[name].weight.abs().amax(dim=1)
         torch.testing.assert_close(held.weight, largest / 127)
-        assert held.rounding is None
+        assert held.codes is None
         assert held.zero_point is None
         assert held.bits == (8, 8)
     assert (found.balance, found.outputs, found.stored) == ({}, None, None)
