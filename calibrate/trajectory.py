@@ -61,7 +61,8 @@ def sample(
             later, weights = (part[step] for part in ahead)
             output, forecast = adapter.denoiser(repeated, now, features[later][:, inverse], weights)
             for t, part in zip(later.tolist(), forecast, strict=True):
-                pending[t] = pending[t] + part if t in pending else part
+                if t != step:
+                    pending[t] = pending[t] + part if t in pending else part
         else:
             output = adapter.reuse(repeated, now, pending.pop(step))
         output = guide(output, n, channels, guidance)

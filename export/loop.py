@@ -2,13 +2,15 @@
 
 An outer `Loop` runs over segments. Each is one full step, then an inner `Loop` of reuse steps
 that captures the forecasts from the outer body: a flat `Loop` with them as loop-carried state
-would copy all of them at every step.
+would copy all of them at every step. What a full step sums up for the reuse steps behind later
+ones is carried from segment to segment.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
@@ -35,7 +37,17 @@ class LoopSpec:
     clip: float | None
     null_label: int
     sample_shape: tuple[int, int, int]
+    slot_shape: tuple[int, int]
     step_noise: bool
+
+
+class Carried(NamedTuple):
+    """What a `Loop` carries: its name in the body, at the start, and after an iteration."""
+
+    name: str
+    start: str
+    after: str
+    shape: list[str | int]
 
 
 class _Scope:
@@ -163,9 +175,10 @@ class _Builder:
             moved = op("Add", moved, op("Mul", row.k_z, noise))
         scope.nodes.append(helper.make_node("Identity", [moved], [after], name=f"{after}/Identity"))
 
-    def loop(self, scope: _Scope, body: _Scope, trips: str, x: str, carried: str) -> str:
-        """A `Loop` node of `trips` iterations that carries the sample."""
-        shape: list[str | int] = ["n", *self.spec.sample_shape]
+    def loop(
+        self, scope: _Scope, body: _Scope, trips: str, carried: Sequence[Carried]
+    ) -> list[str]:
+        """A `Loop` node of `trips` iterations; returns what is carried as it is at the end."""
         keep = f"{body.name}/continue"
         body.nodes.append(
             helper.make_node(
@@ -178,16 +191,63 @@ class _Builder:
             [
                 helper.make_tensor_value_info(f"{body.name}/iteration", TensorProto.INT64, []),
                 helper.make_tensor_value_info(f"{body.name}/condition", TensorProto.BOOL, []),
-                helper.make_tensor_value_info(f"{body.name}/x", TensorProto.FLOAT, shape),
+                *(
+                    helper.make_tensor_value_info(c.name, TensorProto.FLOAT, c.shape)
+                    for c in carried
+                ),
             ],
             [
                 helper.make_tensor_value_info(keep, TensorProto.BOOL, []),
-                helper.make_tensor_value_info(carried, TensorProto.FLOAT, shape),
+                *(
+                    helper.make_tensor_value_info(c.after, TensorProto.FLOAT, c.shape)
+                    for c in carried
+                ),
             ],
             body.initializers,
         )
-        found: str = scope.op("Loop", trips, "", x, body=graph)
-        return found
+        starts = [c.start for c in carried]
+        found = scope.op("Loop", trips, "", *starts, outputs=len(carried), body=graph)
+        return [found] if len(carried) == 1 else list(found)
+
+    def sample(self, body: str, start: str, after: str) -> Carried:
+        """The sample, as a loop carries it."""
+        return Carried(f"{body}/x", start, after, ["n", *self.spec.sample_shape])
+
+    def pending(self, scope: _Scope, rows: int) -> Carried:
+        """Nothing, summed up for `rows` reuse steps behind later full steps."""
+        shape = [
+            self.constant(f"pending_{i}", [size])
+            for i, size in enumerate((rows, *self.spec.slot_shape))
+        ]
+        batch = scope.op("Shape", self.row_index)
+        zero = self.constant("no_forecast", 0.0, np.float32)
+        start = scope.op("Expand", zero, scope.op("Concat", shape[0], batch, *shape[1:], axis=0))
+        return Carried(
+            "segments/pending", start, "segments/pending_after", [rows, "N", *self.spec.slot_shape]
+        )
+
+    def carry(self, scope: _Scope, forecast: str, rows: int) -> str:
+        """The forecasts of this segment's reuse steps; what is for later ones is carried on.
+
+        Both are summed up from the oldest full step to the newest, as in the host loop.
+        """
+        zero, end = "zero", "end"
+        longest = self.constant("longest_run", [rows // (self.spec.plan.history - 1)])
+        summed = scope.op("Slice", forecast, zero, self.constant("pending_rows", [rows]), zero)
+        summed = scope.op("Add", "segments/pending", summed)
+        newest = scope.op("Slice", forecast, self.constant("pending_rows", [rows]), end, zero)
+        now = scope.op("Slice", summed, zero, longest, zero)
+        later = scope.op("Slice", summed, longest, end, zero)
+        scope.nodes.append(
+            helper.make_node(
+                "Concat",
+                [later, newest],
+                ["segments/pending_after"],
+                name="segments/pending_after/Concat",
+                axis=0,
+            )
+        )
+        return str(now)
 
 
 def sampler_graph(spec: LoopSpec) -> ModelProto:
@@ -195,8 +255,6 @@ def sampler_graph(spec: LoopSpec) -> ModelProto:
 
     Stochastic samplers also take step_noise [T,n,C,H,W].
     """
-    if spec.plan.history != 1:
-        raise NotImplementedError("the graph loop holds the forecasts of one full step")
     build, top, outer = _Builder(spec), _Scope("loop"), _Scope("segments")
     build.rows(top)
     starts, lengths = spec.plan.segments()
@@ -204,6 +262,8 @@ def sampler_graph(spec: LoopSpec) -> ModelProto:
     start = outer.op("Gather", build.constant("segment_starts", starts), index, axis=0)
     later, weights = spec.plan.ahead()
     later, weights = later[starts], weights[starts]
+    carried = [build.sample("segments", "noise", "segments/after")]
+    carried_rows = later.shape[1] - later.shape[1] // spec.plan.history
     wanted = outer.op("Gather", build.constant("ahead_steps", later), index, axis=0)
     ahead = {
         "ahead": build.features_of(outer, wanted, axis=1),
@@ -215,22 +275,27 @@ def sampler_graph(spec: LoopSpec) -> ModelProto:
     if spec.plan.full.all():
         build.step(outer, "segments/x", start, results["output"], "segments/after")
     else:
+        forecasts = results["forecast"]
+        if carried_rows:
+            carried.append(build.pending(top, carried_rows))
+            forecasts = build.carry(outer, forecasts, carried_rows)
         build.step(outer, "segments/x", start, results["output"], "segments/x_full")
         inner = _Scope("reuse_steps")
         one = build.constant("scalar_one", 1)
         offset = inner.op("Add", "reuse_steps/iteration", one)
         t = inner.op("Add", start, offset)
-        forecast = inner.op("Gather", results["forecast"], "reuse_steps/iteration", axis=0)
+        forecast = inner.op("Gather", forecasts, "reuse_steps/iteration", axis=0)
         reused = build.network(inner, "reuse", "reuse_steps/x", t, {"forecast": forecast})
         build.step(inner, "reuse_steps/x", t, reused["output"], "reuse_steps/after")
         length = outer.op("Gather", build.constant("segment_lengths", lengths), index, axis=0)
         trips = outer.op("Sub", length, one)
-        last = build.loop(outer, inner, trips, "segments/x_full", "reuse_steps/after")
+        inside = [build.sample("reuse_steps", "segments/x_full", "reuse_steps/after")]
+        last = build.loop(outer, inner, trips, inside)[0]
         outer.nodes.append(
             helper.make_node("Identity", [last], ["segments/after"], name="segments/after/Identity")
         )
     trips = build.constant("segments_count", len(starts))
-    latents = build.loop(top, outer, trips, "noise", "segments/after")
+    latents = build.loop(top, outer, trips, carried)[0]
     top.nodes.append(helper.make_node("Identity", [latents], ["latents"], name="latents/Identity"))
     return _model(build, top)
 

@@ -257,13 +257,20 @@ def _loop_spec(
         clip=schedule.clip,
         null_label=adapter.num_classes,
         sample_shape=adapter.sample_shape,
+        slot_shape=adapter.slot_shape,
         step_noise=needs_noise(recipe.sampler),
     )
 
 
 def _plan(bundle: Bundle) -> StepPlan:
     recipe, slots = bundle.manifest.recipe, len(bundle.manifest.model.slots)
-    return make_plan(recipe.cache, steps=recipe.steps, interval=recipe.interval, slots=slots)
+    return make_plan(
+        recipe.cache,
+        steps=recipe.steps,
+        interval=recipe.interval,
+        order=recipe.order,
+        slots=slots,
+    )
 
 
 def _short_steps(bundle: Bundle) -> int:

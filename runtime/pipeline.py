@@ -85,6 +85,7 @@ class Pipeline:
             cache or self.recipe.cache,
             steps=self.recipe.steps if steps is None else steps,
             interval=self.recipe.interval,
+            order=self.recipe.order,
             slots=len(self.model.slots),
         )
 
@@ -267,7 +268,8 @@ class _Network:
         buffers = {"output": self.output, "forecast": self.forecast}
         self.session("full").run_into(feeds, buffers)
         for r, later in enumerate(self.steps[step].tolist()):
-            self._add(later, self.forecast[r])
+            if later != step:
+                self._add(later, self.forecast[r])
         return self.output
 
     def _add(self, later: int, part: Samples) -> None:

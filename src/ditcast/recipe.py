@@ -91,8 +91,9 @@ class Recipe(BaseModel):
         500, ge=0, description="optimization steps per reconstructed block (papers: 20000)"
     )
     rows: int = Field(1024, ge=1, description="calibration rows that reconstruction sees")
-    cache: Literal["none", "fora"] = Field("fora", description="cache policy")
+    cache: Literal["none", "fora", "taylor"] = Field("fora", description="cache policy")
     interval: int = Field(3, ge=1, description="steps from one full step to the next")
+    order: int = Field(1, ge=0, le=4, description="order of the forecast (--cache taylor)")
     samples: int = Field(32, ge=1, description="calibration trajectories")
     batch: int = Field(16, ge=1, description="images per batch while calibrating and measuring")
     seed: int = Field(0, ge=0, description="seed of calibration noise and labels")

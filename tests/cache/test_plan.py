@@ -14,9 +14,11 @@ from ditcast.errors import ConfigError
 from ditcast.recipe import Recipe
 
 
-def plan_of(steps: int, interval: int, slots: int = 3, policy: str = "fora") -> StepPlan:
+def plan_of(
+    steps: int, interval: int, slots: int = 3, policy: str = "fora", order: int = 1
+) -> StepPlan:
     """A plan, FORA's unless told otherwise."""
-    return make_plan(policy, steps=steps, interval=interval, slots=slots)
+    return make_plan(policy, steps=steps, interval=interval, slots=slots, order=order)
 
 
 @pytest.mark.parametrize(
@@ -64,18 +66,18 @@ def test_a_longer_history_is_read_from_further_ahead() -> None:
     table[6] = [[11, 12], [13, 14]]
     steps, weights = StepPlan(full=full, weights=table).ahead()
     assert steps.tolist() == [
-        [1, 3, 4],
-        [1, 1, 1],
-        [3, 4, 6],
-        [3, 3, 3],
-        [4, 4, 4],
-        [6, 5, 5],
-        [6, 6, 6],
+        [1, 0, 3, 4],
+        [1, 1, 1, 1],
+        [3, 4, 6, 2],
+        [3, 3, 3, 3],
+        [4, 4, 4, 4],
+        [6, 5, 5, 5],
+        [6, 6, 6, 6],
     ]
     unused = [0, 0]
-    assert weights[0].tolist() == [[1, 2], [5, 6], [9, 10]]
-    assert weights[2].tolist() == [[3, 4], [7, 8], [13, 14]]
-    assert weights[5].tolist() == [[11, 12], unused, unused]
+    assert weights[0].tolist() == [[1, 2], unused, [5, 6], [9, 10]]
+    assert weights[2].tolist() == [[3, 4], [7, 8], [13, 14], unused]
+    assert weights[5].tolist() == [[11, 12], unused, unused, unused]
     assert (weights[~full] == 0).all()
 
 
@@ -109,21 +111,20 @@ def test_every_reuse_step_is_looked_ahead_to(plan: StepPlan) -> None:
     assert total == len(plan.full)
     assert weights.shape == (total, widest, plan.weights.shape[2])
     reads: dict[int, dict[int, list[float]]] = {step: {} for step in range(total)}
-    used = np.zeros(total, int)
     for t in range(total):
-        used[t] = sum(later != t for later in steps[t])
-        ahead, filling = steps[t, : used[t]], steps[t, used[t] :]
+        used = steps[t] != t
+        ahead = steps[t, used]
         assert ahead.tolist() == sorted({*ahead.tolist()})  # in order, each once
         assert (ahead > t).all()
-        assert (filling == t).all()
-        assert (weights[t, used[t] :] == 0).all()
-        for later, taken in zip(ahead.tolist(), weights[t].tolist(), strict=False):
+        assert (weights[t, ~used] == 0).all()
+        for later, taken in zip(ahead.tolist(), weights[t, used].tolist(), strict=True):
             reads[later][t] = taken
     for step in range(total):
         before = [t for t in range(step) if plan.full[t]][::-1][: plan.history]
         newest_first = dict(zip(before, plan.weights[step].tolist(), strict=False))
         assert reads[step] == ({} if plan.full[step] else newest_first)
-    assert used.max() == widest  # no full step asks for more than some full step needs
+    longest = plan.segments()[1].max() - 1
+    assert widest == plan.history * longest  # no full step asks for more than it can have to
 
 
 def test_no_cache_computes_every_step() -> None:
@@ -159,6 +160,56 @@ def test_reuse_steps_repeat_the_newest_outputs(steps: int, data: st.DataObject, 
     assert (plan.weights[plan.full] == 0).all()
 
 
+@pytest.mark.parametrize(
+    ("interval", "full_steps"),
+    # methods/caching.md, 4.2: the official schedule for DiT, T=50.
+    [(2, 26), (3, 18), (4, 14), (5, 11), (6, 10), (7, 8), (8, 8), (9, 7)],
+)
+def test_taylor_computes_as_often_as_published(interval: int, full_steps: int) -> None:
+    """NFC of the paper's settings; the first two steps are full."""
+    plan = plan_of(50, interval, policy="taylor")
+    assert plan.full_steps == full_steps
+    assert plan.full[:2].all()
+
+
+@given(steps=st.integers(1, 40), data=st.data(), order=st.integers(0, 4), seed=st.integers(0, 99))
+def test_taylor_weights_are_the_official_ladder(
+    steps: int, data: st.DataObject, order: int, seed: int
+) -> None:
+    """Differences of outputs over distances, kept and extrapolated as the official code does."""
+    plan = plan_of(steps, data.draw(st.integers(1, steps)), policy="taylor", order=order)
+    outputs = np.random.default_rng(seed).normal(size=steps)
+    ladder: list[float] = []
+    newest, kept = 0, list[float]()
+    for step in range(steps):
+        if plan.full[step]:
+            found = [outputs[step]]
+            for before in ladder[:order]:
+                found.append((found[-1] - before) / (step - newest))
+            ladder, newest, kept = found, step, [outputs[step], *kept][: order + 1]
+            continue
+        k, factorial, wanted = step - newest, 1, 0.0
+        for i, value in enumerate(ladder):
+            factorial *= max(i, 1)
+            wanted += k**i / factorial * value
+        row = plan.weights[step, :, 0]
+        assert (row[len(kept) :] == 0).all()
+        found_value = float(row[: len(kept)] @ np.array(kept))
+        assert found_value == pytest.approx(wanted, rel=1e-4, abs=1e-3 * float(np.abs(row).sum()))
+
+
+def test_taylor_is_exact_where_outputs_are_lines() -> None:
+    """Order 1, once two full steps are known; order 0 repeats the newest output."""
+    line = 3.0 + 0.5 * np.arange(12)
+    plan = plan_of(12, 4, policy="taylor", order=1)
+    for step in np.flatnonzero(~plan.full):
+        before = [t for t in range(step) if plan.full[t]][::-1][:2]
+        assert float(plan.weights[step, :, 0] @ line[before]) == pytest.approx(line[step])
+    held = plan_of(12, 4, policy="taylor", order=0)
+    assert held.history == 1
+    assert (held.weights[~held.full] == 1).all()
+
+
 def test_a_plan_starts_with_a_full_step() -> None:
     """There is nothing to reuse before it; and every step has its row of weights."""
     with pytest.raises(ValueError, match="starts with a full step"):
@@ -171,7 +222,7 @@ def test_a_plan_starts_with_a_full_step() -> None:
     ("policy", "interval", "match"),
     [
         ("fora", 6, r"interval: got 6, expected at most the number of steps \(5\); take more"),
-        ("teacache", 2, "cache: unknown policy 'teacache'; expected one of none, fora"),
+        ("teacache", 2, "cache: unknown policy 'teacache'; expected one of none, fora, taylor"),
     ],
 )
 def test_bad_requests_say_what_is_expected(policy: str, interval: int, match: str) -> None:

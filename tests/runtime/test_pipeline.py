@@ -163,7 +163,7 @@ def test_the_graph_loop_refuses_what_it_does_not_hold(
         (
             [0],
             {"cache": "teacache"},
-            "cache: unknown policy 'teacache'; expected one of none, fora",
+            "cache: unknown policy 'teacache'; expected one of none, fora, taylor",
         ),
         ([0], {"guidance": -1.0}, "guidance: got -1.0, expected a number from 0"),
         ([0], {"guidance": float("nan")}, "guidance: got nan, expected"),
@@ -349,9 +349,9 @@ def test_forecasts_of_several_full_steps_add_up(other_bundle: Bundle) -> None:
     recorder = Recorder(other_bundle.manifest.model.features)
     TwoBack(other_bundle, backend=recorder).sample([3, 1])
     weights = [asked.feeds["weights"][:, 0].tolist() for asked in recorder.of("full")]
-    assert weights == [[3, -1, -1], [3, 3, 0], [0, 0, 0]]
+    assert weights == [[3, 0, -1, -1], [3, 3, 0, 0], [0, 0, 0, 0]]
     found = [np.unique(asked.feeds["forecast"]).tolist() for asked in recorder.of("reuse")]
-    assert found == [[100], [101 + 200], [102 + 201]]
+    assert found == [[100], [102 + 200], [103 + 201]]
 
 
 class Watched(OnnxRuntimeBackend):

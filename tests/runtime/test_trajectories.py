@@ -22,6 +22,7 @@ from ditcast.calibrate.simulate import quantized
 from ditcast.models import LoadedModel
 from ditcast.runtime import Pipeline
 from ditcast.schedule import from_config
+from tests.conftest import make_bundle
 
 LABELS = [4, 0, 4]
 SEED = 7
@@ -216,6 +217,38 @@ def test_slots_are_predicted_of_several_full_steps(
     assert largest(by_torch.numpy(), wanted) < LIMIT
     pipeline.by_hand = hold(full, 4)
     assert largest(pipeline.sample(LABELS, seed=SEED, steps=len(full)), wanted) > LIMIT
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_the_graph_loop_carries_forecasts_from_segment_to_segment(
+    tiny: LoadedModel, tmp_path: Path, order: int
+) -> None:
+    """TaylorSeer over 12 steps: bit-identical to the host loop, and torch agrees."""
+    keys: dict[str, Any] = {
+        "cache": "taylor",
+        "order": order,
+        "steps": 12,
+        "interval": 3,
+        "scheme": "none",
+    }
+    bundle = make_bundle(tiny, tmp_path / "taylor", **keys)
+    pipeline = Pipeline(bundle, target="reference")
+    assert pipeline.plan().history == order + 1
+    host = pipeline.sample(LABELS, seed=SEED)
+    np.testing.assert_array_equal(pipeline.sample(LABELS, seed=SEED, loop="graph"), host)
+    by_torch = trajectory.sample(
+        tiny.adapter,
+        from_config(tiny.scheduler),
+        sampler="ddim",
+        steps=12,
+        guidance=2.0,
+        seed=SEED,
+        indices=range(3),
+        labels=LABELS,
+        plan=pipeline.plan(),
+    )
+    assert largest(by_torch.numpy(), host) < LIMIT
+    assert largest(pipeline.sample(LABELS, seed=SEED, cache="fora"), host) > LIMIT
 
 
 def test_torch_follows_a_plan_too(tiny: LoadedModel, shared_bundle: Bundle) -> None:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ditcast.cache import fora, none
+from ditcast.cache import fora, none, taylor
 from ditcast.cache.plan import StepPlan
 from ditcast.errors import ConfigError
 
-POLICIES: dict[str, Callable[[int, int, int], StepPlan]] = {
+POLICIES: dict[str, Callable[[int, int, int, int], StepPlan]] = {
     "none": none.plan,
     "fora": fora.plan,
+    "taylor": taylor.plan,
 }
 
 
-def make_plan(policy: str, *, steps: int, interval: int, slots: int) -> StepPlan:
+def make_plan(policy: str, *, steps: int, interval: int, slots: int, order: int = 1) -> StepPlan:
     """The step plan of a policy for a trajectory of `steps` steps and a model with `slots` slots.
 
     Raises:
@@ -29,7 +30,7 @@ def make_plan(policy: str, *, steps: int, interval: int, slots: int) -> StepPlan
             f"interval: got {interval}, expected at most the number of steps ({steps}); "
             "take more steps, or a bundle with a shorter interval"
         )
-    return POLICIES[policy](steps, interval, slots)
+    return POLICIES[policy](steps, interval, slots, order)
 
 
 __all__ = ["POLICIES", "StepPlan", "make_plan"]

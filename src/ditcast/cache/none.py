@@ -7,7 +7,7 @@ import numpy as np
 from ditcast.cache.plan import StepPlan, hold
 
 
-def plan(steps: int, interval: int, slots: int) -> StepPlan:
-    """Every step is a full step; the interval is not used."""
-    del interval
+def plan(steps: int, interval: int, slots: int, order: int) -> StepPlan:
+    """Every step is a full step; the interval and the order are not used."""
+    del interval, order
     return hold(np.ones(steps, bool), slots)

@@ -40,21 +40,20 @@ class StepPlan:
         """What full steps sum up for later reuse steps: `(T, R)` steps, `(T, R, slots)` weights.
 
         Row t holds the reuse steps that read full step t, and how much of each slot's output
-        each of them takes. R is the largest number of such steps; rows are filled up with step
-        t itself at weight zero, so that every full step of a plan has the same shape.
+        each of them takes: first those behind full step t, then those behind the next one, and
+        so on, `history` times. Each run of them is filled up to the longest one with step t
+        itself at weight zero, so that every full step of a plan has the same shape.
         """
-        starts = [*np.flatnonzero(self.full).tolist(), len(self.full)]
-        reads: list[list[tuple[int, int]]] = [[] for _ in self.full]
-        for rank, start in enumerate(starts[:-1]):
-            for age, after in enumerate(starts[rank:-1][: self.history]):
-                end = starts[rank + age + 1]
-                reads[start] += [(step, age) for step in range(after + 1, end)]
-        widest = max(map(len, reads))
-        steps = np.arange(len(reads))[:, None].repeat(widest, axis=1)
-        weights = np.zeros((len(reads), widest, self.weights.shape[2]), np.float32)
-        for t, found in enumerate(reads):
-            for r, (step, age) in enumerate(found):
-                steps[t, r], weights[t, r] = step, self.weights[step, age]
+        starts, lengths = self.segments()
+        longest = int(lengths.max()) - 1
+        steps = np.arange(len(self.full))[:, None].repeat(self.history * longest, axis=1)
+        weights = np.zeros((*steps.shape, self.weights.shape[2]), np.float32)
+        for rank, start in enumerate(starts):
+            for age, i in enumerate(range(rank, min(rank + self.history, len(starts)))):
+                first, run = age * longest, int(lengths[i]) - 1
+                behind = np.arange(starts[i] + 1, starts[i] + 1 + run)
+                steps[start, first : first + run] = behind
+                weights[start, first : first + run] = self.weights[behind, age]
         return steps, weights
 
     def segments(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
