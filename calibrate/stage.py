@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ditcast.bundle import Bundle
-from ditcast.calibrate import features, qparams, tib
+from ditcast.calibrate import cache, features, qparams, tib
 from ditcast.calibrate.balance import balanced_layers, factors
 from ditcast.calibrate.blocks import Rows, Walk
 from ditcast.calibrate.collect import Watch, collect, draw_labels
@@ -29,14 +29,21 @@ SCALES = "calibration/scales.safetensors"
 
 
 def calibrate(bundle: Bundle, model: LoadedModel) -> None:
-    """Quantize by the bundle's recipe and commit what was found; does nothing where it is there.
-
-    An interrupted run is taken up after its last whole batch of trajectories or its last
-    reconstructed part.
+    """Find all that the bundle's recipe asks for: scales, and what the cache's plan needs.
 
     Raises:
         ConfigError: a recipe that does not fit the model, NaN or Inf in a trajectory.
         BundleError: an interrupted calibration of something else.
+    """
+    _quantize(bundle, model)
+    cache.fit(bundle, model)
+
+
+def _quantize(bundle: Bundle, model: LoadedModel) -> None:
+    """Quantize by the bundle's recipe and commit what was found; does nothing where it is there.
+
+    An interrupted run is taken up after its last whole batch of trajectories or its last
+    reconstructed part.
     """
     recipe, manifest = bundle.manifest.recipe, bundle.manifest
     precision = choose_precision(model, recipe)

@@ -34,12 +34,14 @@ def sample(
     labels: Sequence[int],
     plan: StepPlan | None = None,
     stop_after: int | None = None,
+    correct: Callable[[int, Tensor], Tensor] | None = None,
     callback: Callable[[int], None] | None = None,
 ) -> Tensor:
     """Sample image `indices` of `seed` with `labels`; returns (n, C, H, W).
 
     Without a `plan` every step is full. `stop_after` ends the trajectory early, at the still
-    noisy sample. `callback` is called after each step with its number.
+    noisy sample. `correct` gives the sample after a step in place of it. `callback` is called after
+    each step with its number.
     """
     n, channels = len(labels), adapter.sample_shape[0]
     noises = steps if needs_noise(sampler) else 0
@@ -69,6 +71,8 @@ def sample(
         x = update(
             x, output, noise[1 + step] if noises else None, Coefficients(*row), schedule.clip
         )
+        if correct is not None:
+            x = correct(step, x)
         if callback is not None:
             callback(step)
     return x

@@ -39,6 +39,8 @@ class LoopSpec:
     sample_shape: tuple[int, int, int]
     slot_shape: tuple[int, int]
     step_noise: bool
+    gain: NDArray[np.float32] | None  # (T, C), and `offset`: of the variance correction
+    offset: NDArray[np.float32] | None
 
 
 class Carried(NamedTuple):
@@ -173,6 +175,10 @@ class _Builder:
         if self.spec.step_noise:
             noise = op("Gather", "step_noise", t, axis=0)
             moved = op("Add", moved, op("Mul", row.k_z, noise))
+        if self.spec.gain is not None and self.spec.offset is not None:
+            for kind, table in (("Mul", self.spec.gain), ("Add", self.spec.offset)):
+                name = self.constant(f"correction_{kind}", table[..., None, None], np.float32)
+                moved = op(kind, moved, op("Gather", name, t, axis=0))
         scope.nodes.append(helper.make_node("Identity", [moved], [after], name=f"{after}/Identity"))
 
     def loop(

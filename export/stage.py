@@ -16,7 +16,8 @@ from torch.export import Dim
 
 from ditcast import tensors
 from ditcast.bundle import Bundle
-from ditcast.cache import StepPlan, make_plan
+from ditcast.cache import StepPlan
+from ditcast.cache.fitted import Fitted, of_target
 from ditcast.calibrate.qparams import QParams
 from ditcast.calibrate.qparams import load as load_qparams
 from ditcast.calibrate.simulate import Simulation, quantized
@@ -32,7 +33,7 @@ from ditcast.manifest import REFERENCE, WEIGHTS, Graph
 from ditcast.models import Adapter, LoadedModel
 from ditcast.progress import say
 from ditcast.recipe import FLOAT, TEMPORAL
-from ditcast.sampling import coefficients, draw_noise, needs_noise
+from ditcast.sampling import coefficients, correct, draw_noise, needs_noise
 from ditcast.schedule import from_config
 
 DEFAULT_TARGETS = ("onnxruntime",)
@@ -139,7 +140,7 @@ def _export(
                 qparams=qparams,
                 linears=simulation.linears,
             )
-            parities, output = _compare(bundle, adapter, folder, probes, simulation)
+            parities, output = _compare(bundle, adapter, target, folder, probes, simulation)
             feeds = probes["full"].feeds
             golden |= {f"{target}.input.{k}": feed.numpy() for k, feed in feeds.items()}
             golden[f"{target}.output"] = output
@@ -227,9 +228,10 @@ def _write_target(
             name: onnx.load(folder / f"{name}.onnx", load_external_data=False)
             for name in STEP_GRAPHS
         }
+        fitted = of_target(bundle, target)
         loops = (("sampler", bundle.manifest.recipe.steps), (SHORT, _short_steps(bundle)))
         for name, steps in loops if TARGETS[target].loop else ():
-            spec = _loop_spec(bundle, adapter, parts, steps)
+            spec = _loop_spec(bundle, adapter, parts, fitted, steps)
             store.save_proto(sampler_graph(spec), folder / f"{name}.onnx")
 
 
@@ -242,10 +244,14 @@ def _layers_in(adapter: Adapter, graph: str, layers: Iterable[str]) -> list[str]
 
 
 def _loop_spec(
-    bundle: Bundle, adapter: Adapter, parts: dict[str, onnx.ModelProto], steps: int
+    bundle: Bundle,
+    adapter: Adapter,
+    parts: dict[str, onnx.ModelProto],
+    fitted: Fitted,
+    steps: int,
 ) -> LoopSpec:
     """The first `steps` steps of the bundle's schedule and plan."""
-    recipe, plan = bundle.manifest.recipe, _plan(bundle)
+    recipe, plan = bundle.manifest.recipe, fitted.plan(bundle.manifest)
     schedule = from_config(bundle.manifest.schedule)
     return LoopSpec(
         temporal=parts["temporal"],
@@ -259,23 +265,14 @@ def _loop_spec(
         sample_shape=adapter.sample_shape,
         slot_shape=adapter.slot_shape,
         step_noise=needs_noise(recipe.sampler),
-    )
-
-
-def _plan(bundle: Bundle) -> StepPlan:
-    recipe, slots = bundle.manifest.recipe, len(bundle.manifest.model.slots)
-    return make_plan(
-        recipe.cache,
-        steps=recipe.steps,
-        interval=recipe.interval,
-        order=recipe.order,
-        slots=slots,
+        gain=None if fitted.gain is None else fitted.gain[:steps],
+        offset=None if fitted.offset is None else fitted.offset[:steps],
     )
 
 
 def _short_steps(bundle: Bundle) -> int:
     """Up to the first reuse step, if there is one; at least two, where there are as many."""
-    plan = _plan(bundle)
+    plan = Fitted().plan(bundle.manifest)
     first = 1 if plan.full.all() else int(np.argmin(plan.full))
     return min(max(first, 1) + 1, len(plan.full))
 
@@ -283,6 +280,7 @@ def _short_steps(bundle: Bundle) -> int:
 def _compare(
     bundle: Bundle,
     adapter: Adapter,
+    target: str,
     folder: Path,
     probes: dict[str, Probe],
     simulation: Simulation,
@@ -296,7 +294,7 @@ def _compare(
     golden: Any = None
     short = folder / f"{SHORT}.onnx"
     if short.exists():
-        probes = probes | {"sampler": _loop_probe(bundle, adapter)}
+        probes = probes | {"sampler": _loop_probe(bundle, adapter, of_target(bundle, target))}
     rounding = [name for name, layer in simulation.layers.items() if layer.scale is not None]
     for name, probe in probes.items():
         unquantized: dict[str, Tensor] | None = None
@@ -316,10 +314,18 @@ def _compare(
     return found, golden
 
 
-def _loop_probe(bundle: Bundle, adapter: Adapter) -> Probe:
+def _loop_probe(bundle: Bundle, adapter: Adapter, fitted: Fitted) -> Probe:
     """The first steps of one image with guidance, as torch samples them."""
     recipe, schedule = bundle.manifest.recipe, from_config(bundle.manifest.schedule)
     label, steps = _two_labels(bundle)[1], _short_steps(bundle)
+
+    def corrected(step: int, x: Tensor) -> Tensor:
+        assert fitted.gain is not None
+        assert fitted.offset is not None
+        found: Tensor = correct(
+            x, torch.from_numpy(fitted.gain[step]), torch.from_numpy(fitted.offset[step])
+        )
+        return found
 
     def first_steps(*feeds: Tensor) -> Tensor:
         del feeds  # the same noise, drawn again
@@ -332,8 +338,9 @@ def _loop_probe(bundle: Bundle, adapter: Adapter) -> Probe:
             seed=recipe.seed,
             indices=[0],
             labels=[label],
-            plan=_plan(bundle),
+            plan=fitted.plan(bundle.manifest),
             stop_after=steps,
+            correct=corrected if fitted.gain is not None else None,
         )
 
     noises = recipe.steps if needs_noise(recipe.sampler) else 0

@@ -72,7 +72,7 @@ class Variant:
     def warm_up(self, labels: list[int], guidance: float) -> None:
         """A few steps of one batch, of both kinds, whose times do not count."""
         few = min(self.steps, self.pipeline.recipe.interval + 1)
-        if self.pipeline.stored_labels is not None:
+        if self.pipeline.fixed_steps(self.cache):
             few = self.steps
         self.timed(labels, 0, 0, guidance, few)
         self.forget()
@@ -232,7 +232,7 @@ def _peak_memory_mib(bundle: Bundle, variant: Variant, settings: Settings) -> fl
         command += ["--threads", str(settings.threads), "--cache", variant.cache]
         command += [] if settings.spin else ["--no-spin"]
         few = min(variant.steps, bundle.manifest.recipe.interval + 1)
-        few = variant.steps if stored else few  # there are features of all its steps only
+        few = variant.steps if variant.pipeline.fixed_steps(variant.cache) else few
         command += ["--steps", str(few)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:

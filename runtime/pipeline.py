@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from ditcast.bundle import Bundle
 from ditcast.cache import StepPlan, make_plan
+from ditcast.cache.fitted import Fitted, of_target
 from ditcast.errors import ConfigError
 from ditcast.manifest import REFERENCE
 from ditcast.runtime.backends import Backend, Session, graph_file
@@ -19,6 +20,7 @@ from ditcast.runtime.choice import open_backend
 from ditcast.sampling import (
     Coefficients,
     coefficients,
+    correct,
     draw_noise,
     guide,
     needs_noise,
@@ -70,6 +72,7 @@ class Pipeline:
         self.stored_labels = (
             None if self.target == REFERENCE else self.bundle.manifest.stored_labels()
         )
+        self.fitted = of_target(self.bundle, self.target)
         self._sessions: dict[str, Session] = {}
 
     def session(self, graph: str) -> Session:
@@ -81,13 +84,30 @@ class Pipeline:
 
     def plan(self, steps: int | None = None, cache: str | None = None) -> StepPlan:
         """The step plan of a request; another number of steps than the recipe's is fine here."""
+        steps = self.recipe.steps if steps is None else steps
+        if self._deployed(steps, cache):
+            return self.fitted.plan(self.bundle.manifest)
         return make_plan(
             cache or self.recipe.cache,
-            steps=self.recipe.steps if steps is None else steps,
+            steps=steps,
             interval=self.recipe.interval,
             order=self.recipe.order,
             slots=len(self.model.slots),
         )
+
+    def _deployed(self, steps: int, cache: str | None) -> bool:
+        """Whether a request is for the very plan that calibration fitted its tables to."""
+        return steps == self.recipe.steps and cache in (None, self.recipe.cache)
+
+    def fixed_steps(self, cache: str | None = None) -> bool:
+        """Whether a policy (the recipe's by default) can be sampled in the recipe's steps only."""
+        return self.stored_labels is not None or self._fixed_cache(cache)
+
+    def _fixed_cache(self, cache: str | None) -> bool:
+        section = self.bundle.manifest.cache
+        if section is None or self.target == REFERENCE or cache not in (None, self.recipe.cache):
+            return False
+        return section.corrected or section.held_back > 0
 
     def sample(
         self,
@@ -118,6 +138,7 @@ class Pipeline:
         steps = self.recipe.steps if steps is None else steps
         self.schedule.timesteps(steps)  # refuses a bad number of steps before any work is done
         self._check_stored(labels, steps, spacing)
+        self._check_fitted(steps, cache, spacing)
         plan = self.plan(steps, cache)
         noises = steps if needs_noise(self.recipe.sampler) else 0
         shape = self.model.sample_shape
@@ -130,7 +151,13 @@ class Pipeline:
         if spacing is not None:
             schedule = dataclasses.replace(schedule, spacing=spacing)
         return self._host_loop(
-            labels, noise, guidance, plan=plan, schedule=schedule, callback=callback
+            labels,
+            noise,
+            guidance,
+            plan=plan,
+            schedule=schedule,
+            fitted=self.fitted if self._deployed(steps, cache) else Fitted(),
+            callback=callback,
         )
 
     def features(
@@ -154,6 +181,7 @@ class Pipeline:
         *,
         plan: StepPlan,
         schedule: NoiseSchedule,
+        fitted: Fitted,
         callback: Callable[[Step], None] | None,
     ) -> Samples:
         steps, n, channels = len(plan.full), len(labels), self.model.sample_shape[0]
@@ -164,6 +192,8 @@ class Pipeline:
             output = guide(network.run(step, x), n, channels, guidance)
             step_noise = noise[1 + step] if len(noise) > 1 else None
             x = update(x, output, step_noise, Coefficients(*row), schedule.clip)
+            if fitted.gain is not None and fitted.offset is not None:
+                x = correct(x, fitted.gain[step], fitted.offset[step])
             if callback is not None:
                 callback(Step(step, bool(plan.full[step]), x))
         return x
@@ -219,6 +249,17 @@ class Pipeline:
                     f"{', '.join(map(str, stored))} only; compile one with --labels {label}, "
                     "or with --temporal tib"
                 )
+
+    def _check_fitted(self, steps: int, cache: str | None, spacing: str | None) -> None:
+        """Refuse other steps where the noise guard or the correction is tied to them."""
+        if not self._fixed_cache(cache):
+            return
+        if steps != self.recipe.steps or spacing not in (None, self.schedule.spacing):
+            raise ConfigError(
+                f"steps: got {steps}{f' with {spacing} spacing' if spacing else ''}, but the "
+                f"cache of the bundle was calibrated for its {self.recipe.steps} steps; compile "
+                f"one with --steps {steps}, or use --cache none"
+            )
 
     def _check_labels(self, labels: Sequence[int]) -> None:
         last = self.model.num_classes - 1

@@ -234,6 +234,8 @@ class Bundle:
         parts = [self.manifest.fingerprint()]
         if self.manifest.quantization is not None:
             parts.append(self.manifest.files[self.manifest.quantization.file].sha256)
+        if self.manifest.cache is not None:
+            parts.append(self.manifest.files[self.manifest.cache.file].sha256)
         return hashlib.sha256("|".join(parts).encode()).hexdigest()
 
 

@@ -270,6 +270,11 @@ def inspect(bundle: Path, json_file: Path | None) -> None:
         f"balance {recipe.balance}",
         "temporal features": f"{recipe.temporal}, ranges per step: {recipe.fsc}",
         "cache": f"{recipe.cache}, interval {recipe.interval}, {len(model.slots)} slots",
+        "fitted to the cache": ""
+        if manifest.cache is None
+        else f"noise guard: "
+        f"{manifest.cache.held_back} of {manifest.cache.forecasts} forecasts are plain reuse, "
+        f"correction {recipe.correction}",
         "graphs": ", ".join(f"{graph.target}/{graph.name}" for graph in manifest.graphs) or "none",
         "reports": ", ".join(manifest.reports) or "none",
         "size": f"{sum(e.size for e in manifest.files.values()) / 2**20:.1f} MiB",

@@ -70,6 +70,20 @@ class Quantization(_Section):
     stored: tuple[int, ...] | None = None
 
 
+class CacheFit(_Section):
+    """What calibration fitted to the cache's plan; the tables themselves lie in `file`.
+
+    `held_back` of `forecasts` (step, slot) are plain reuse by the noise guard; `corrected` says
+    whether samples are corrected after each step.
+    """
+
+    made_from: str
+    file: str
+    held_back: int
+    forecasts: int
+    corrected: bool
+
+
 class Graph(_Section):
     """One exported graph and the largest difference to torch that export measured."""
 
@@ -89,6 +103,7 @@ class Manifest(_Section):
     model: ModelInfo
     schedule: dict[str, Any]
     quantization: Quantization | None = None
+    cache: CacheFit | None = None
     graphs: tuple[Graph, ...] = ()
     golden: tuple[str, ...] = ()
     reports: tuple[str, ...] = ()
@@ -166,6 +181,8 @@ def _referenced(manifest: Manifest) -> list[str]:
     names = [graph.path for graph in manifest.graphs]
     if manifest.quantization is not None:
         names.append(manifest.quantization.file)
+    if manifest.cache is not None:
+        names.append(manifest.cache.file)
     return [*names, *manifest.golden, *manifest.reports]
 
 

@@ -94,6 +94,12 @@ class Recipe(BaseModel):
     cache: Literal["none", "fora", "taylor"] = Field("fora", description="cache policy")
     interval: int = Field(3, ge=1, description="steps from one full step to the next")
     order: int = Field(1, ge=0, le=4, description="order of the forecast (--cache taylor)")
+    guard: Literal["on", "off"] = Field(
+        "on", description="plain reuse where quantization noise outweighs a forecast"
+    )
+    correction: Literal["none", "exact", "moment", "printed"] = Field(
+        "none", description="variance correction (VC) of quantized and cached samples"
+    )
     samples: int = Field(32, ge=1, description="calibration trajectories")
     batch: int = Field(16, ge=1, description="images per batch while calibrating and measuring")
     seed: int = Field(0, ge=0, description="seed of calibration noise and labels")
@@ -106,6 +112,16 @@ class Recipe(BaseModel):
             raise ValueError(
                 f"interval: got {self.interval}, expected at most the number of steps "
                 f"({self.steps}); lower --interval or raise --steps"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _correction_fits(self) -> Recipe:
+        """Full precision in all steps needs no correction."""
+        if self.correction != "none" and self.scheme == "none" and self.cache == "none":
+            raise ValueError(
+                f"correction: got {self.correction} with scheme none and cache none, which leave "
+                "nothing to correct; expected none"
             )
         return self
 

@@ -113,6 +113,11 @@ def update(x: Any, output: Any, noise: Any, row: Coefficients, clip: float | Non
     return after if noise is None else after + row.k_z * noise
 
 
+def correct(x: Any, gain: Any, offset: Any) -> Any:
+    """Variance correction of a sample (n, C, H, W) by constants (C,) of its step."""
+    return x * gain.reshape(-1, 1, 1) + offset.reshape(-1, 1, 1)
+
+
 def draw_noise(seed: int, index: int, shape: tuple[int, ...], step_noises: int) -> NDArray[Any]:
     """Noise of image `index` of `seed`: `(1 + step_noises, *shape)` float32.
 

@@ -1,0 +1,53 @@
+"""The cache's part of calibration: the noise guard's tables and the variance correction."""
+
+from __future__ import annotations
+
+from ditcast.bundle import Bundle
+from ditcast.cache import fitted
+from ditcast.cache.fitted import Fitted
+from ditcast.cache.guard import held_back
+from ditcast.calibrate import correction, noise, qparams
+from ditcast.calibrate.qparams import QParams
+from ditcast.manifest import CacheFit
+from ditcast.models import LoadedModel
+from ditcast.progress import say
+
+FILE = "calibration/cache.safetensors"
+
+
+def fit(bundle: Bundle, model: LoadedModel) -> None:
+    """Fit what the recipe asks for to the quantized network under its plan, and commit it.
+
+    Does nothing where it is there, or where there is nothing to fit.
+    """
+    manifest = bundle.manifest
+    recipe, quantization = manifest.recipe, manifest.quantization
+    plan = Fitted().plan(manifest)
+    guarding = recipe.guard == "on" and quantization is not None and plan.history > 1
+    if manifest.cache is not None or not (guarding or recipe.correction != "none"):
+        return
+    scales = QParams()
+    if quantization is not None:
+        bundle.check(quantization.file)
+        scales = qparams.load(bundle.file(quantization.file))
+    found = Fitted()
+    if guarding:
+        say("cache: measuring quantization noise and true change of every slot")
+        found = Fitted(*noise.measure(model, recipe, scales, plan))
+    safe = found.plan(manifest)
+    if recipe.correction != "none":
+        say("cache: fitting the variance correction")
+        gain, offset = correction.fit(model, recipe, scales, safe)
+        found = found._replace(gain=gain, offset=offset)
+    fitted.save(found, bundle.staged(FILE))
+    forecasts = int((~plan.full).sum()) * len(model.adapter.slots)
+    section = CacheFit(
+        made_from=manifest.fingerprint(),
+        file=FILE,
+        held_back=held_back(plan, safe),
+        forecasts=forecasts,
+        corrected=found.gain is not None,
+    )
+    if section.held_back:
+        say(f"cache: noise guard: {section.held_back} of {forecasts} forecasts are plain reuse")
+    bundle.commit({"cache": section})

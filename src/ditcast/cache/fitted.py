@@ -1,0 +1,64 @@
+"""What calibration fitted to one plan: the noise guard's tables and the variance correction."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ditcast import tensors
+from ditcast.bundle import Bundle
+from ditcast.cache import make_plan
+from ditcast.cache.guard import guarded
+from ditcast.cache.plan import StepPlan
+from ditcast.manifest import REFERENCE, Manifest
+
+Table = NDArray[np.float32]
+
+
+class Fitted(NamedTuple):
+    """Tables over the T steps of one plan; None where there is nothing of the kind.
+
+    `noise` and `change` (T, slots) are what the noise guard decides on. `gain` and `offset`
+    (T, C) correct the sample after each step: `x * gain + offset` per channel.
+    """
+
+    noise: Table | None = None
+    change: Table | None = None
+    gain: Table | None = None
+    offset: Table | None = None
+
+    def plan(self, manifest: Manifest) -> StepPlan:
+        """The recipe's plan, with forecasts where the guard lets them."""
+        recipe = manifest.recipe
+        found = make_plan(
+            recipe.cache,
+            steps=recipe.steps,
+            interval=recipe.interval,
+            order=recipe.order,
+            slots=len(manifest.model.slots),
+        )
+        if self.noise is None or self.change is None:
+            return found
+        return guarded(found, self.noise, self.change)
+
+
+def save(fitted: Fitted, path: Path) -> None:
+    """Write as safetensors."""
+    found = {name: table for name, table in fitted._asdict().items() if table is not None}
+    tensors.save(found, path)
+
+
+def of_target(bundle: Bundle, target: str) -> Fitted:
+    """What was fitted to the plan as a target runs it: nothing for full precision.
+
+    Raises:
+        BundleError: it is damaged.
+    """
+    section = bundle.manifest.cache
+    if section is None or target == REFERENCE:
+        return Fitted()
+    bundle.check(section.file)
+    return Fitted(**tensors.load(bundle.file(section.file))[0])
