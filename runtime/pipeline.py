@@ -31,6 +31,7 @@ from ditcast.settings import Settings
 
 Samples = NDArray[np.float32]
 Loop = Literal["host", "graph"]
+Cache = str | StepPlan | None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -82,9 +83,18 @@ class Pipeline:
             self._sessions[graph] = self.backend.session(file)
         return self._sessions[graph]
 
-    def plan(self, steps: int | None = None, cache: str | None = None) -> StepPlan:
-        """The step plan of a request; another number of steps than the recipe's is fine here."""
+    def plan(self, steps: int | None = None, cache: Cache = None) -> StepPlan:
+        """The step plan of a request: of a policy, or `cache` itself.
+
+        Another number of steps than the recipe's is fine here.
+        """
         steps = self.recipe.steps if steps is None else steps
+        if isinstance(cache, StepPlan):
+            if len(cache.full) != steps:
+                raise ConfigError(
+                    f"cache: got a plan of {len(cache.full)} steps, expected one of {steps}"
+                )
+            return cache
         if self._deployed(steps, cache):
             return self.fitted.plan(self.bundle.manifest)
         return make_plan(
@@ -95,15 +105,15 @@ class Pipeline:
             slots=len(self.model.slots),
         )
 
-    def _deployed(self, steps: int, cache: str | None) -> bool:
+    def _deployed(self, steps: int, cache: Cache) -> bool:
         """Whether a request is for the very plan that calibration fitted its tables to."""
         return steps == self.recipe.steps and cache in (None, self.recipe.cache)
 
-    def fixed_steps(self, cache: str | None = None) -> bool:
+    def fixed_steps(self, cache: Cache = None) -> bool:
         """Whether a policy (the recipe's by default) can be sampled in the recipe's steps only."""
         return self.stored_labels is not None or self._fixed_cache(cache)
 
-    def _fixed_cache(self, cache: str | None) -> bool:
+    def _fixed_cache(self, cache: Cache) -> bool:
         section = self.bundle.manifest.cache
         if section is None or self.target == REFERENCE or cache not in (None, self.recipe.cache):
             return False
@@ -117,7 +127,7 @@ class Pipeline:
         first: int = 0,
         guidance: float | None = None,
         steps: int | None = None,
-        cache: str | None = None,
+        cache: Cache = None,
         spacing: str | None = None,
         loop: Loop = "host",
         callback: Callable[[Step], None] | None = None,
@@ -125,7 +135,8 @@ class Pipeline:
         """Sample one image per label; returns `(n, C, H, W)` float32.
 
         Image i is that of (seed, first + i), whatever the batch. `guidance`, `steps` and `cache`
-        default to the recipe's; `spacing` to the model's. `callback` is called after each step.
+        (the name of a policy, or a plan) default to the recipe's; `spacing` to the model's.
+        `callback` is called after each step.
 
         Raises:
             ConfigError: no labels or one outside the classes, bad steps, or a graph loop that is
@@ -209,7 +220,7 @@ class Pipeline:
         return self.session("sampler").run(feeds, ["latents"])["latents"]
 
     def _check_graph_loop(
-        self, steps: int, cache: str | None, spacing: str | None, callback: object
+        self, steps: int, cache: Cache, spacing: str | None, callback: object
     ) -> None:
         """The plan and the schedule are constants of `sampler.onnx`."""
         if "graph" not in self.backend.loops:
@@ -217,7 +228,8 @@ class Pipeline:
                 f"loop graph: backend {self.backend.name} runs a whole Loop many times slower than "
                 "its steps; use --loop host, or --backend onnxruntime"
             )
-        asked = {"steps": steps, "cache": cache or self.recipe.cache}
+        name = "of another plan" if isinstance(cache, StepPlan) else cache or self.recipe.cache
+        asked = {"steps": steps, "cache": name}
         for key, value in asked.items():
             held = getattr(self.recipe, key)
             if value != held:
@@ -250,7 +262,7 @@ class Pipeline:
                     "or with --temporal tib"
                 )
 
-    def _check_fitted(self, steps: int, cache: str | None, spacing: str | None) -> None:
+    def _check_fitted(self, steps: int, cache: Cache, spacing: str | None) -> None:
         """Refuse other steps where the noise guard or the correction is tied to them."""
         if not self._fixed_cache(cache):
             return

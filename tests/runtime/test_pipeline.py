@@ -19,7 +19,7 @@ from ditcast.runtime.backends import GraphFile, NodeTime, Session
 from ditcast.runtime.backends.base import Arrays
 from ditcast.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from ditcast.runtime.images import psnr_db, to_unit
-from ditcast.runtime.pipeline import Step
+from ditcast.runtime.pipeline import Cache, Step
 from ditcast.settings import Settings
 from tests.runtime.test_trajectories import psnr_db as psnr_of_range
 
@@ -336,7 +336,7 @@ def test_reuse_steps_get_the_forecasts_that_are_theirs(other_bundle: Bundle) -> 
 class TwoBack(Pipeline):
     """A pipeline whose reuse steps read two full steps: three of the newest minus the other."""
 
-    def plan(self, steps: int | None = None, cache: str | None = None) -> StepPlan:
+    def plan(self, steps: int | None = None, cache: Cache = None) -> StepPlan:
         """The usual full steps."""
         full = super().plan(steps, cache).full
         weights = np.zeros((len(full), 2, len(self.model.slots)), np.float32)

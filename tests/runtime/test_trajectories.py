@@ -27,6 +27,7 @@ from ditcast.export import to_onnx
 from ditcast.models import LoadedModel
 from ditcast.models.base import describe
 from ditcast.runtime import Pipeline
+from ditcast.runtime.pipeline import Cache
 from ditcast.schedule import from_config
 from tests.conftest import RECIPE, make_bundle
 
@@ -183,7 +184,7 @@ class Planned(Pipeline):
 
     by_hand: StepPlan
 
-    def plan(self, steps: int | None = None, cache: str | None = None) -> StepPlan:
+    def plan(self, steps: int | None = None, cache: Cache = None) -> StepPlan:
         """That plan."""
         return self.by_hand
 

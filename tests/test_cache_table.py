@@ -1,0 +1,115 @@
+"""`tools/cache_table.py`: every point beside full precision, and what stacking loses."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ditcast.bundle import Bundle
+from ditcast.models import LoadedModel
+from tests.conftest import make_bundle
+
+TOOLS = Path(__file__).parents[1] / "tools"
+
+
+def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """The tool in a process of its own."""
+    command = [sys.executable, str(TOOLS / "cache_table.py"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def taylor_bundle(tiny: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """W4A8 with a corrected and guarded plan."""
+    keys: dict[str, Any] = {"scheme": "w4a8", "cache": "taylor", "correction": "moment"}
+    path = tmp_path_factory.mktemp("cache_table") / "w4a8.bundle"
+    return make_bundle(tiny, path, **keys)
+
+
+def test_every_point_has_speed_and_fidelity(
+    taylor_bundle: Bundle, shared_bundle: Bundle, tmp_path: Path
+) -> None:
+    """Three precisions, two policies at one interval, fewer steps, and the plan of a bundle."""
+    done = run(
+        *(shared_bundle.path, taylor_bundle.path, "--policies", "fora", "taylor-1"),
+        *("--intervals", 3, "--images", 4, "--threads", 1),
+        *("--json", tmp_path / "cache.json", "--page", tmp_path / "cache.html"),
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "cache.json").read_text())
+    rows = report["rows"]
+    found = [(row["precision"], row["policy"], row["full_steps"], row["steps"]) for row in rows]
+    assert found == [
+        ("fp32", "full precision", 6, 6),
+        ("fp32", "fora", 3, 6),
+        ("fp32", "taylor-1", 3, 6),
+        ("w8a8", "none", 6, 6),
+        ("w8a8", "fora", 3, 6),
+        ("w8a8", "taylor-1", 3, 6),
+        ("w4a8", "none", 6, 6),
+        ("w4a8", "fora", 3, 6),
+        ("w4a8", "taylor-1", 3, 6),
+        ("fp32", "fewer steps", 3, 3),
+        ("w4a8", "fitted: taylor-1, guard on, vc moment", 4, 6),
+    ]
+    assert rows[0]["psnr_db"]["p50"] == 100
+    assert all(row["psnr_db"]["p50"] < 100 for row in rows[1:])
+    assert all(row["image_ms"]["p50"] > 0 for row in rows)
+    assert rows[9]["spacing"] is not None
+    assert rows[1]["psnr_db"] != rows[2]["psnr_db"]
+    assert "fewer steps" in done.stdout
+    assert "plotly" in (tmp_path / "cache.html").read_text()
+
+
+def entry(precision: str, policy: str, value: float, full: int = 14) -> dict[str, Any]:
+    """A row, as far as stacking reads it."""
+    steps = {"full_steps": full, "steps": 50}
+    return {"precision": precision, "policy": policy, "fd_to_fp": {"value": value}, **steps}
+
+
+def test_stacking_loss_is_beyond_the_larger_of_the_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Quantized 0.1, cached 0.3, both 0.7: a loss of 0.4, of which 0.4 leaves a quarter."""
+    rows = [
+        entry("w8a8", "none", 0.1, full=50),
+        entry("fp32", "taylor-1", 0.3),
+        entry("fp32", "taylor-1", 9.0, full=18),
+        entry("w8a8", "taylor-1", 0.7),
+        entry("w8a8", "fitted: taylor-1, guard on, vc exact", 0.4),
+        entry("w4a8", "fitted: taylor-1, guard on, vc exact", 0.4),
+    ]
+    monkeypatch.syspath_prepend(str(TOOLS))
+    (found,) = importlib.import_module("cache_table").stacking(rows)
+    assert found["loss"] == pytest.approx(0.4)
+    assert found["left"] == pytest.approx(0.1)
+    assert found["won_back"] == pytest.approx(0.75)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--images", 2], "images: got 2, expected at least 4"),
+        (["--data", "nowhere.npz"], "data: no file nowhere.npz"),
+        (["--json", "nowhere/f.json"], "no folder nowhere; create it first"),
+        (["--intervals", 9], "interval: got 9, expected at most the number of steps (6)"),
+    ],
+)
+def test_bad_requests_are_one_line(
+    shared_bundle: Bundle, arguments: list[object], message: str
+) -> None:
+    done = run(shared_bundle.path, *arguments)
+    assert done.returncode == 2
+    assert done.stderr.startswith("cache_table: error: ")
+    assert message in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_bundles_of_other_models_are_refused(shared_bundle: Bundle, other_bundle: Bundle) -> None:
+    done = run(shared_bundle.path, other_bundle.path)
+    assert done.returncode == 2
+    assert "is of another model or schedule than" in done.stderr

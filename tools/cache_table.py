@@ -1,0 +1,292 @@
+"""Measure cache policies on bundles: speed beside fidelity, and fewer steps at equal cost.
+
+Every policy runs at the same numbers of full steps, in full precision and in every bundle's own
+precision; beside it full precision with as many steps in all. A bundle whose own plan was
+fitted (noise guard, variance correction) is a point of its own. All points take turns, batch by
+batch, in one run; images are those of noise that no calibration has seen.
+
+    python tools/emoji_dataset.py -o build/emoji.npz
+    python tools/cache_table.py w8a8.bundle w4a8.bundle --data build/emoji.npz --page cache.html
+
+The packages that `--data` needs are those of `tools/quality_table.py`; without it there are no
+distances between sets.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import cache_report
+import numpy as np
+from command import tool
+from cpu_report import spread
+from quality_run import SEED, Samples, image_labels
+
+from ditcast.bundle import Bundle
+from ditcast.cache import StepPlan, make_plan
+from ditcast.errors import ConfigError, optional
+from ditcast.progress import counting
+from ditcast.runtime import Pipeline, images, machine
+from ditcast.runtime.choice import open_backend
+from ditcast.schedule import SPACINGS
+from ditcast.settings import Settings
+
+if TYPE_CHECKING:
+    from quality_distance import Distances
+
+FULL, FEWER, FITTED = "full precision", "fewer steps", "fitted"
+POLICIES = ("fora", "taylor-1", "taylor-2", "taylor-3")  # a policy and its order
+
+
+@dataclass
+class Point:
+    """One way to make the images, and what was measured of it."""
+
+    precision: str
+    policy: str
+    pipeline: Pipeline
+    plan: StepPlan | None  # None is the bundle's own
+    steps: int
+    spacing: str | None = None
+    image_ms: list[float] = field(default_factory=list)  # per batch
+    samples: list[Samples] = field(default_factory=list)
+
+    def sample(self, labels: Sequence[int], first: int) -> Samples:
+        """The images `first` and following."""
+        found: Samples = self.pipeline.sample(
+            labels,
+            seed=SEED,
+            first=first,
+            steps=self.steps,
+            cache=self.plan,
+            spacing=self.spacing,
+        )
+        return found
+
+    def turn(self, labels: Sequence[int], first: int) -> None:
+        """The same, timed and kept."""
+        started = time.perf_counter()
+        self.samples.append(self.sample(labels, first))
+        self.image_ms.append((time.perf_counter() - started) * 1e3 / len(labels))
+
+    def full_steps(self) -> int:
+        """NFC."""
+        return self.pipeline.plan(self.steps, self.plan).full_steps
+
+
+def points(bundles: Sequence[Bundle], args: argparse.Namespace) -> list[Point]:
+    """Full precision first; policies on each precision; what was fitted; fewer steps.
+
+    Raises:
+        ConfigError: bundles of other models or schedules than the first.
+    """
+    recipe, info = bundles[0].manifest.recipe, bundles[0].manifest.model
+    backend = open_backend("onnxruntime", bundles[0], Settings(threads=args.threads))
+    exact = Pipeline(bundles[0], backend=backend, target="reference")
+    precisions, fitted = {"fp32": exact}, []
+    for bundle in bundles:
+        held, model = bundle.manifest.recipe, bundle.manifest.model
+        differing = [k for k in ("steps", "sampler") if getattr(held, k) != getattr(recipe, k)]
+        if model.fingerprint != info.fingerprint or differing:
+            raise ConfigError(
+                f"bundles: {bundle.path} is of another model or schedule than "
+                f"{bundles[0].path}; compile all with the same model, steps and sampler"
+            )
+        pipeline = Pipeline(bundle, backend=backend)
+        if bundle.manifest.quantization is not None:
+            precisions.setdefault(held.scheme, pipeline)
+        if bundle.manifest.cache is not None:
+            what = f"{FITTED}: {held.cache}-{held.order}, guard {held.guard}, vc {held.correction}"
+            fitted.append(Point(held.scheme, what, pipeline, None, recipe.steps))
+    slots, found = len(info.slots), []
+    nothing = make_plan("none", steps=recipe.steps, interval=1, slots=slots)
+    for name, pipeline in precisions.items():
+        found.append(
+            Point(name, FULL if name == "fp32" else "none", pipeline, nothing, recipe.steps)
+        )
+        for text in args.policies:
+            policy, _, order = text.partition("-")
+            for interval in args.intervals:
+                plan = make_plan(
+                    policy,
+                    steps=recipe.steps,
+                    interval=interval,
+                    slots=slots,
+                    order=int(order or 0),
+                )
+                found.append(Point(name, text, pipeline, plan, recipe.steps))
+    for interval in args.intervals:
+        plan = make_plan("fora", steps=recipe.steps, interval=interval, slots=slots)
+        steps = plan.full_steps
+        nothing = make_plan("none", steps=steps, interval=1, slots=slots)
+        found.append(Point("fp32", FEWER, exact, nothing, steps))
+    return [*found, *fitted]
+
+
+def choose_spacing(point: Point, labels: Sequence[int], wanted: Samples) -> None:
+    """Fewer steps get the timestep spacing that is best on the first batch."""
+    found = {}
+    for spacing in SPACINGS:
+        point.spacing = spacing
+        found[spacing] = float(np.median(_psnr(point.sample(labels, 0), wanted)))
+    point.spacing = max(found, key=lambda name: found[name])
+
+
+def _psnr(made: Samples, wanted: Samples) -> np.ndarray[Any, Any]:
+    return images.psnr_db(images.to_unit(made), images.to_unit(wanted))
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Sample all points in turns, then compare."""
+    bundles = [Bundle.open(path) for path in args.bundles]
+    model, recipe = bundles[0].manifest.model, bundles[0].manifest.recipe
+    if model.sample_shape[0] != 3:
+        raise ConfigError(f"bundles: {bundles[0].path} samples latents, which are no pictures")
+    distances = _distances(args)
+    entries = points(bundles, args)
+    labels = image_labels(list(range(model.num_classes)), args.images)
+    batches = [labels[i : i + recipe.batch] for i in range(0, args.images, recipe.batch)]
+    wanted = entries[0].sample(batches[0], 0)
+    for point in entries:
+        if point.policy == FEWER:
+            choose_spacing(point, batches[0], wanted)
+        else:
+            point.sample(batches[0][:1], 0)  # opens its sessions
+    with counting("measuring", len(batches) * len(entries)) as advance:
+        for i, batch in enumerate(batches):
+            for point in entries[i:] + entries[:i]:
+                point.turn(batch, i * recipe.batch)
+                advance()
+    facts = machine.describe() | entries[0].pipeline.backend.facts()
+    report: dict[str, Any] = {
+        "machine": facts,
+        "request": {
+            "model": model.source,
+            "images": args.images,
+            "batch": recipe.batch,
+            "steps": recipe.steps,
+            "guidance": recipe.guidance,
+            "image_seed": SEED,
+            "bundles": {str(b.path): b.manifest.recipe.model_dump(mode="json") for b in bundles},
+        },
+        "distances": distances.describe() if distances else None,
+        "rows": [_row(point, entries[0], labels, distances) for point in entries],
+    }
+    return report | {"stacking": stacking(report["rows"])}
+
+
+def _distances(args: argparse.Namespace) -> Distances | None:
+    if args.data is None:
+        return None
+    from quality_table import open_distances
+
+    return open_distances(args.data, args.images)
+
+
+def _row(
+    point: Point, reference: Point, labels: list[int], distances: Distances | None
+) -> dict[str, Any]:
+    """The figures of one point; speed never without fidelity beside it."""
+    made, wanted = (np.concatenate(p.samples) for p in (point, reference))
+    similarity = images.ssim(images.to_unit(made), images.to_unit(wanted))
+    row = {
+        "precision": point.precision,
+        "policy": point.policy,
+        "steps": point.steps,
+        "full_steps": point.full_steps(),
+        "spacing": point.spacing,
+        "image_ms": spread(point.image_ms),
+        "speedup": spread(np.array(reference.image_ms) / np.array(point.image_ms)),
+        "psnr_db": spread(_psnr(made, wanted)),
+        "ssim": None if similarity is None else spread(similarity),
+    }
+    if distances is None:
+        return row
+    features = [distances.features(images.to_unit(samples)) for samples in (made, wanted)]
+    return row | distances.judge(features[0], features[1], labels)
+
+
+def stacking(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What quantization and cache lose together beyond the larger of the two alone, in fd_to_fp.
+
+    One entry per (precision, plan): the loss without and, where a bundle has them, with what was
+    fitted to the plan, and the share of it that was won back.
+    """
+
+    def fd(precision: str, policy: str, full_steps: int) -> float | None:
+        for row in rows:
+            if (row["precision"], row["policy"], row["full_steps"]) == (
+                precision,
+                policy,
+                full_steps,
+            ):
+                return float(row["fd_to_fp"]["value"]) if "fd_to_fp" in row else None
+        return None
+
+    found = []
+    for row in rows:
+        if not row["policy"].startswith(FITTED) or "fd_to_fp" not in row:
+            continue
+        precision, count = row["precision"], row["full_steps"]
+        policy = row["policy"].removeprefix(f"{FITTED}: ").partition(",")[0]
+        alone = fd(precision, "none", row["steps"]), fd("fp32", policy, count)
+        both = fd(precision, policy, count)
+        if both is None or alone[0] is None or alone[1] is None:
+            continue
+        larger = max(alone[0], alone[1])
+        loss, left = both - larger, row["fd_to_fp"]["value"] - larger
+        entry = {"precision": precision, "fitted": row["policy"], "full_steps": count}
+        entry |= {"quantized": alone[0], "cached": alone[1], "both": both, "loss": loss}
+        found.append(entry | {"left": left, "won_back": 1 - left / loss if loss > 0 else None})
+    return found
+
+
+def parse() -> argparse.Namespace:
+    """The arguments; what is wrong with them is a `ConfigError`."""
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            raise ConfigError(message)
+
+    parser = Parser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("bundles", nargs="+", type=Path, metavar="BUNDLE")
+    add("--policies", nargs="+", choices=POLICIES, default=list(POLICIES[:3]), metavar="POLICY")
+    add("--intervals", nargs="+", type=int, default=[2, 3, 4, 5, 7])
+    add("--images", type=int, default=128)
+    add("--threads", type=int, default=0, help="0 is one per core")
+    add("--data", type=Path, help="what tools/emoji_dataset.py wrote: adds distances")
+    add("--json", type=Path, help="write the figures")
+    add("--page", type=Path, help="write a page, .html")
+    return parser.parse_args()
+
+
+@tool("cache_table")
+def main() -> None:
+    """Measure and report: exit 2 for wrong usage or input, in one line."""
+    args = parse()
+    if args.images < 4:
+        raise ConfigError(f"images: got {args.images}, expected at least 4")
+    if args.data is not None and not args.data.is_file():
+        raise ConfigError(f"data: no file {args.data}; make it with tools/emoji_dataset.py")
+    for path in filter(None, (args.json, args.page)):
+        if not path.parent.is_dir():
+            raise ConfigError(f"{path}: no folder {path.parent}; create it first")
+    if args.page is not None:
+        optional("plotly.graph_objects", "report")
+    report = measure(args)
+    if args.json is not None:
+        args.json.write_text(json.dumps(report, indent=1) + "\n")
+    cache_report.show(report)
+    if args.page is not None:
+        cache_report.plot(report, args.page)
+
+
+if __name__ == "__main__":
+    main()
