@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from ditcast import tensors
 from ditcast.bundle import Bundle
+from ditcast.cache import StepPlan, make_plan
+from ditcast.cache.fitted import Fitted
 from ditcast.calibrate.ranges import Observer, State
 from ditcast.calibrate.trajectory import sample
 from ditcast.errors import BundleError, ConfigError
@@ -44,13 +46,16 @@ def draw_labels(recipe: Recipe, num_classes: int) -> list[int]:
 def collect(bundle: Bundle, model: LoadedModel, name: str, watches: Sequence[Watch]) -> States:
     """The states of all watches after the recipe's trajectories.
 
-    An interrupted pass is taken up after its last whole batch; `name` is that of its file.
+    An interrupted pass is taken up after its last whole batch; `name` is that of its file. Where
+    the trajectories follow a cache's plan, the layers run in full steps only, and the state of a
+    reuse step is that of the full step before it.
 
     Raises:
         ConfigError: NaN or Inf in a trajectory.
         BundleError: an interrupted calibration of another model or recipe.
     """
     recipe, fingerprint = bundle.manifest.recipe, bundle.manifest.fingerprint()
+    plan = followed(bundle)
     progress = bundle.scratch("calibration") / f"{name}.safetensors"
     states: States = {
         w.name: [{} for _ in range(recipe.steps if w.stepwise else 1)] for w in watches
@@ -74,12 +79,28 @@ def collect(bundle: Bundle, model: LoadedModel, name: str, watches: Sequence[Wat
                     seed=recipe.seed,
                     indices=range(first, last),
                     labels=labels[first:last],
+                    plan=plan,
                     callback=callback,
                 )
             for watch in watches:
-                states[watch.name] = [watch.observer.end_batch(s) for s in states[watch.name]]
+                states[watch.name] = [
+                    watch.observer.end_batch(s) if s else s for s in states[watch.name]
+                ]
             keep(progress, fingerprint, states, last)
+    for watch in watches:
+        for step, state in enumerate(states[watch.name]):  # a reuse step takes the one before
+            states[watch.name][step] = state or states[watch.name][step - 1]
     return states
+
+
+def followed(bundle: Bundle) -> StepPlan:
+    """The plan of calibration trajectories: calibrated is what the deployed sampler runs."""
+    manifest = bundle.manifest
+    if manifest.recipe.trajectories == "cached":
+        return Fitted().plan(manifest)
+    return make_plan(
+        "none", steps=manifest.recipe.steps, interval=1, slots=len(manifest.model.slots)
+    )
 
 
 @contextlib.contextmanager

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from ditcast.bundle import Bundle
-from ditcast.calibrate import cache, features, qparams, tib
+from ditcast.calibrate import cache, features, qparams, tap, tib
 from ditcast.calibrate.balance import balanced_layers, factors
 from ditcast.calibrate.blocks import Rows, Walk
-from ditcast.calibrate.collect import Watch, collect, draw_labels
+from ditcast.calibrate.collect import Watch, collect, draw_labels, followed
 from ditcast.calibrate.methods import METHODS
 from ditcast.calibrate.qparams import LayerScales, QParams
 from ditcast.calibrate.ranges import CHANNELS, INPUTS, OBSERVERS
@@ -227,20 +227,32 @@ class _Calibration:
             return walk.run(folder, advance)
 
     def _rows(self, edges: Tensor) -> Rows:
-        """Rows of all steps, equally many of each, drawn by the seed; in the order of steps."""
+        """Rows of all full steps, equally many of each or by TAP, in the order of steps."""
         recipe, adapter = self.recipe, self.adapter
         watch = Watch("stem", adapter.stem, INPUTS, stepwise=True)
         states = collect(self.bundle, self.model, "inputs", [watch])["stem"]
         inputs = torch.stack([state["inputs"] for state in states])  # (T, rows, C, H, W)
         labels = torch.tensor(_row_labels(recipe, adapter.num_classes))
-        generator = torch.Generator().manual_seed(recipe.seed)
-        each = max(1, min(recipe.rows // recipe.steps, len(labels)))
-        drawn = [torch.randperm(len(labels), generator=generator)[:each] for _ in states]
-        timesteps = self.timesteps.repeat_interleave(each)
+        computed = torch.from_numpy(followed(self.bundle).full).nonzero().flatten()
+        steps = computed.repeat_interleave(len(labels))  # of every row of the pool
+        rows = torch.arange(len(labels)).repeat(len(computed))
+        if recipe.selection == "tap":
+            drawn = tap.select(inputs[steps, rows], steps, recipe.rows, seed=recipe.seed)
+        else:
+            generator = torch.Generator().manual_seed(recipe.seed)
+            each = max(1, min(recipe.rows // len(computed), len(labels)))
+            drawn = torch.cat(
+                [
+                    i * len(labels) + torch.randperm(len(labels), generator=generator)[:each]
+                    for i in range(len(computed))
+                ]
+            )
+        steps, rows = steps[drawn], rows[drawn]
+        timesteps = self.timesteps[steps]
         return Rows(
-            sample=torch.cat([inputs[t, rows] for t, rows in enumerate(drawn)]),
+            sample=inputs[steps, rows],
             timesteps=timesteps,
-            labels=labels[torch.cat(drawn)],
+            labels=labels[rows],
             bins=(timesteps[:, None] >= edges).sum(dim=1),
         )
 

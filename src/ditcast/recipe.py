@@ -91,6 +91,12 @@ class Recipe(BaseModel):
         500, ge=0, description="optimization steps per reconstructed block (papers: 20000)"
     )
     rows: int = Field(1024, ge=1, description="calibration rows that reconstruction sees")
+    selection: Literal["uniform", "tap"] = Field(
+        "uniform", description="how those are drawn: equally of all steps, or by TAP's clusters"
+    )
+    trajectories: Literal["full", "cached"] = Field(
+        "full", description="sampler that calibration follows: all steps full, or the cache's plan"
+    )
     cache: Literal["none", "fora", "taylor"] = Field("fora", description="cache policy")
     interval: int = Field(3, ge=1, description="steps from one full step to the next")
     order: int = Field(1, ge=0, le=4, description="order of the forecast (--cache taylor)")

@@ -1,0 +1,135 @@
+"""TAP: clusters by content and time, and a calibration set drawn from all of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ditcast import recipe as recipes
+from ditcast.bundle import Bundle
+from ditcast.calibrate import blocks, calibrate, qparams, tap
+from ditcast.models import LoadedModel
+from ditcast.models.base import describe
+from tests.conftest import RECIPE
+
+
+def blobs(each: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Two directions with some noise: (2 each, 8), and which is which."""
+    generator = torch.Generator().manual_seed(seed)
+    centers = torch.eye(8)[:2].repeat_interleave(each, dim=0)
+    noise = 0.05 * torch.randn(2 * each, 8, generator=generator)
+    return 3 * centers + noise, torch.arange(2).repeat_interleave(each)
+
+
+def test_two_blobs_are_two_clusters() -> None:
+    """At equal times (caching.md 1.3, i)."""
+    inputs, of = blobs(20)
+    found = tap.cluster(inputs, torch.zeros(40), 2, seed=0)
+    assert len({*zip(found.tolist(), of.tolist(), strict=True)}) == 2
+
+
+def test_without_content_clusters_are_times() -> None:
+    """Alpha = 0 (ii)."""
+    inputs = torch.randn(40, 8, generator=torch.Generator().manual_seed(0))
+    steps = torch.arange(4).repeat(10) * 10
+    found = tap.cluster(inputs, steps, 4, seed=0, alpha=0)
+    assert len({*zip(found.tolist(), steps.tolist(), strict=True)}) == 4
+
+
+def similarity(inputs: Tensor, drawn: Tensor) -> float:
+    """Mean cosine of pairs."""
+    flat = functional.normalize(inputs[drawn].flatten(1), dim=1)
+    pairs = flat @ flat.T
+    return float((pairs.sum() - len(drawn)) / (len(drawn) * (len(drawn) - 1)))
+
+
+def test_duplicates_are_drawn_more_seldom_than_at_random() -> None:
+    """Three quarters of the pool are one input, at all times (iii): lower mean cosine."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(400, 16, generator=generator)
+    inputs[:300] = inputs[0] + 0.01 * torch.randn(300, 16, generator=generator)
+    steps = torch.arange(400) % 10
+    found = [similarity(inputs, tap.select(inputs, steps, 60, seed=seed)) for seed in range(4)]
+    random = [similarity(inputs, torch.randperm(400, generator=generator)[:60]) for _ in range(10)]
+    assert sum(found) / 4 < 0.8 * sum(random) / 10
+
+
+@pytest.mark.parametrize("count", [1, 7, 60, 99])
+def test_as_many_as_are_asked_for_each_once(count: int) -> None:
+    """Ascending, and the same for a seed."""
+    inputs = torch.randn(100, 4, generator=torch.Generator().manual_seed(0))
+    steps = torch.arange(100) // 10
+    found = tap.select(inputs, steps, count, seed=3)
+    assert len(found) == len(found.unique()) == count
+    assert torch.equal(found, found.sort().values)
+    assert torch.equal(found, tap.select(inputs, steps, count, seed=3))
+
+
+def test_a_small_pool_is_taken_whole() -> None:
+    inputs = torch.randn(10, 4)
+    assert tap.select(inputs, torch.zeros(10), 12, seed=0).tolist() == list(range(10))
+
+
+@pytest.mark.parametrize("selection", ["uniform", "tap"])
+@pytest.mark.parametrize("trajectories", ["full", "cached"])
+def test_rows_are_those_of_steps_that_compute(
+    tiny: LoadedModel,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    selection: str,
+    trajectories: str,
+) -> None:
+    """Under a cache the pool is that of full steps; bins of reuse steps have scales too."""
+    seen: list[blocks.Rows] = []
+
+    class Spy(blocks.Walk):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            seen.append(self.rows)
+
+    monkeypatch.setattr("ditcast.calibrate.stage.Walk", Spy)
+    keys: dict[str, Any] = {"method": "tfmq", "iterations": 1, "rows": 12, "cache": "fora"}
+    keys |= {"selection": selection, "trajectories": trajectories}
+    bundle = Bundle.create(tmp_path / "b", describe(tiny, recipes.make(RECIPE | keys)))
+    calibrate(bundle, tiny)
+    (rows,) = seen
+    timesteps = torch.tensor([830.0, 664.0, 498.0, 332.0, 166.0, 0.0])
+    computed = [0, 1, 3, 5] if trajectories == "cached" else range(6)  # T=6, N=2
+    assert len(rows.sample) == len(rows.labels) == 12
+    assert {*rows.timesteps.tolist()} <= {timesteps[i].item() for i in computed}
+    assert torch.equal(rows.timesteps, rows.timesteps.sort(descending=True).values)
+    if selection == "uniform":
+        each = 12 // len(computed)
+        assert rows.timesteps.tolist() == [
+            timesteps[i].item() for i in computed for _ in range(each)
+        ]
+
+
+def test_ranges_per_step_follow_a_cached_trajectory(tiny: LoadedModel, tmp_path: Path) -> None:
+    """A reuse step, which no layer runs in, has the range of the full step before it."""
+    found = {}
+    for trajectories in ("full", "cached"):
+        keys: dict[str, Any] = {"fsc": "all", "cache": "fora", "trajectories": trajectories}
+        path = tmp_path / trajectories
+        bundle = Bundle.create(path, describe(tiny, recipes.make(RECIPE | keys)))
+        calibrate(bundle, tiny)
+        found[trajectories] = input_scales(bundle)
+    cached = found["cached"].flip(0)  # bins ascend, steps descend
+    assert cached[2] == cached[1]
+    assert cached[4] == cached[3]
+    assert len(set(cached.tolist())) == 4
+    assert len(set(found["full"].tolist())) == 6
+
+
+def input_scales(bundle: Bundle) -> Tensor:
+    """Input scales (B,) of the second block's first Linear."""
+    assert bundle.manifest.quantization is not None
+    held = qparams.load(bundle.file(bundle.manifest.quantization.file))
+    scale = held.layers["blocks.1.attn.qkv"].activation
+    assert scale is not None
+    return scale
