@@ -67,6 +67,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "brecq": {"method": "brecq", "temporal": "fp"},
     "brecq-tib": {"method": "brecq", "temporal": "tib"},
     "ptq4dit": {"method": "brecq", "temporal": "tib", "balance": "ptq4dit"},
+    "ptq4dit-all": {"method": "brecq", "temporal": "tib", "balance": "ptq4dit", "fsc": "all"},
+    "ptq4dit-all-fp": {"method": "brecq", "temporal": "fp", "balance": "ptq4dit", "fsc": "all"},
 }
 SCHEMES = ("w8a8", "w4a8", "w4a16", "w6a6")
 STORING = ("cache", "select")  # temporal features of some labels only, where not all fit
