@@ -14,6 +14,7 @@ from rich.table import Table
 
 from ditcast import __version__
 from ditcast.bundle import Bundle
+from ditcast.cache.fitted import Fitted
 from ditcast.errors import ConfigError, DitcastError, ParityError
 from ditcast.options import (
     BACKEND,
@@ -23,6 +24,7 @@ from ditcast.options import (
     LOOP,
     MODEL,
     OUTPUT,
+    STRICT,
     TARGETS,
     join_labels,
     parse_labels,
@@ -31,7 +33,14 @@ from ditcast.options import (
 )
 from ditcast.recipe import load as load_recipe
 from ditcast.settings import Settings
-from ditcast.tables import audit_lines, audit_rows, show, warn_of_slow_integers
+from ditcast.tables import (
+    audit_lines,
+    audit_rows,
+    bundle_rows,
+    show,
+    warn_of_idle_cache,
+    warn_of_slow_integers,
+)
 
 if TYPE_CHECKING:
     from ditcast.models import LoadedModel
@@ -52,10 +61,12 @@ def app() -> None:
 @TARGETS
 @BACKEND
 @runtime_options
+@STRICT
 @JSON
 def compile_command(
     model: str,
     output: Path,
+    strict: bool,
     recipe_file: Path | None,
     images: int | None,
     backend: str,
@@ -68,7 +79,7 @@ def compile_command(
     from ditcast.runtime.choice import check_backend
 
     check_backend(backend, settings)  # what is wrong should be said before the long work
-    bundle, loaded = _start(model, output, recipe_file, flags)
+    bundle, loaded = _start(model, output, recipe_file, flags, strict)
     _calibrate(bundle, loaded)
     _export(bundle, loaded, targets, backend)
     del loaded  # a large model and its graphs do not fit in memory together
@@ -90,9 +101,12 @@ def compile_command(
 @MODEL
 @OUTPUT
 @recipe_options
-def calibrate(model: str, output: Path, recipe_file: Path | None, **flags: Any) -> None:
+@STRICT
+def calibrate(
+    model: str, output: Path, recipe_file: Path | None, strict: bool, **flags: Any
+) -> None:
     """Find the scales of a model and start a bundle with them."""
-    bundle, loaded = _start(model, output, recipe_file, flags)
+    bundle, loaded = _start(model, output, recipe_file, flags, strict)
     _calibrate(bundle, loaded)
     click.echo(f"{output}: calibrated; next: ditcast export {output}")
 
@@ -131,6 +145,7 @@ def export(bundle: Path, targets: tuple[str, ...]) -> None:
 @LOOP
 @BACKEND
 @runtime_options
+@STRICT
 @JSON
 def sample(
     bundle: Path,
@@ -146,6 +161,7 @@ def sample(
     loop: Literal["host", "graph"],
     backend: str,
     settings: Settings,
+    strict: bool,
     json_file: Path | None,
 ) -> None:
     """Sample images: a .png grid, or a .npy of the samples themselves."""
@@ -160,6 +176,8 @@ def sample(
         bundle, backend=backend, target=target, settings=settings, low_memory=low_memory
     )
     images.check_output(output, pipeline.model.sample_shape[0])
+    plan = pipeline.plan(steps, cache)
+    warn_of_idle_cache(cache or pipeline.recipe.cache, plan, strict)
     numbers = parse_labels(labels, pipeline.model.classes)
     size = pipeline.recipe.batch
     starts = range(0, len(numbers), size)
@@ -187,6 +205,8 @@ def sample(
         {
             "images": len(numbers),
             "seconds": round(seconds, 3),
+            "full_steps": plan.full_steps,
+            "reuse_steps": len(plan.full) - plan.full_steps,
             "peak_memory_mib": round(machine.peak_memory_mib(), 1),
             **pipeline.backend.facts(),
         },
@@ -257,30 +277,8 @@ def inspect(bundle: Path, json_file: Path | None) -> None:
     """Show what a bundle holds."""
     manifest = Bundle.open(bundle).manifest
     _write_json(json_file, manifest.model_dump(mode="json"))
-    model, recipe = manifest.model, manifest.recipe
-    layers = manifest.quantization.layers if manifest.quantization is not None else ()
     table = Table(show_header=False, box=None)
-    rows = {
-        "model": f"{model.source} ({model.architecture}, "
-        f"{model.parameters / 1e6:.1f} M parameters, "
-        f"{model.temporal_parameters / 1e6:.1f} M of them temporal)",
-        "samples": f"{'x'.join(map(str, model.sample_shape))}, {model.num_classes} classes",
-        "schedule": f"{recipe.sampler}, {recipe.steps} steps, guidance {recipe.guidance}",
-        "quantization": f"{recipe.scheme} by {recipe.method}, {len(layers)} layers, "
-        f"balance {recipe.balance}",
-        "temporal features": f"{recipe.temporal}, ranges per step: {recipe.fsc}",
-        "cache": f"{recipe.cache}, interval {recipe.interval}, {len(model.slots)} slots",
-        "fitted to the cache": ""
-        if manifest.cache is None
-        else f"noise guard: "
-        f"{manifest.cache.held_back} of {manifest.cache.forecasts} forecasts are plain reuse, "
-        f"correction {recipe.correction}",
-        "graphs": ", ".join(f"{graph.target}/{graph.name}" for graph in manifest.graphs) or "none",
-        "reports": ", ".join(manifest.reports) or "none",
-        "size": f"{sum(e.size for e in manifest.files.values()) / 2**20:.1f} MiB",
-        "classes": ", ".join(f"{i} {name}" for i, name in enumerate(model.classes)),
-    }
-    for key, value in rows.items():
+    for key, value in bundle_rows(manifest).items():
         if value:
             table.add_row(key, escape(value))
     Console(soft_wrap=True).print(table)
@@ -298,7 +296,7 @@ def _load(source: str) -> LoadedModel:
 
 
 def _start(
-    model: str, output: Path, recipe_file: Path | None, flags: dict[str, Any]
+    model: str, output: Path, recipe_file: Path | None, flags: dict[str, Any], strict: bool
 ) -> tuple[Bundle, LoadedModel]:
     """The recipe, the model, and the bundle to be filled."""
     given = {key: value for key, value in flags.items() if value is not None}
@@ -312,7 +310,9 @@ def _start(
     from ditcast.models.base import describe
 
     check(loaded, recipe)
-    return Bundle.create(output, describe(loaded, recipe)), loaded
+    manifest = describe(loaded, recipe)
+    warn_of_idle_cache(recipe.cache, Fitted().plan(manifest), strict)
+    return Bundle.create(output, manifest), loaded
 
 
 def _calibrate(bundle: Bundle, loaded: LoadedModel) -> None:

@@ -64,6 +64,7 @@ JSON = click.option(
     callback=_in_a_folder,
     help="write figures",
 )
+STRICT = click.option("--strict", is_flag=True, help="a cache that does nothing is an error")
 LOOP = click.option(
     "--loop", type=click.Choice(["host", "graph"]), default="host", show_default=True
 )

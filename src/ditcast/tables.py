@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
+from ditcast.cache import StepPlan, idle
+from ditcast.errors import ConfigError
+from ditcast.manifest import Manifest
 from ditcast.progress import say
 from ditcast.recipe import TEMPORAL
 from ditcast.runtime.machine import cpu_flags
@@ -75,6 +78,45 @@ def audit_lines(found: Audit) -> list[str]:
             f"here, at {found.rates[0]:.0f} in float: {ratio:.2f} times"
         )
     return lines
+
+
+def bundle_rows(manifest: Manifest) -> dict[str, str]:
+    """What a bundle holds, for `inspect`; rows may be empty."""
+    model, recipe = manifest.model, manifest.recipe
+    layers = manifest.quantization.layers if manifest.quantization is not None else ()
+    return {
+        "model": f"{model.source} ({model.architecture}, "
+        f"{model.parameters / 1e6:.1f} M parameters, "
+        f"{model.temporal_parameters / 1e6:.1f} M of them temporal)",
+        "samples": f"{'x'.join(map(str, model.sample_shape))}, {model.num_classes} classes",
+        "schedule": f"{recipe.sampler}, {recipe.steps} steps, guidance {recipe.guidance}",
+        "quantization": f"{recipe.scheme} by {recipe.method}, {len(layers)} layers, "
+        f"balance {recipe.balance}",
+        "temporal features": f"{recipe.temporal}, ranges per step: {recipe.fsc}",
+        "cache": f"{recipe.cache}, interval {recipe.interval}, {len(model.slots)} slots",
+        "fitted to the cache": ""
+        if manifest.cache is None
+        else f"noise guard: "
+        f"{manifest.cache.held_back} of {manifest.cache.forecasts} forecasts are plain reuse, "
+        f"correction {recipe.correction}",
+        "graphs": ", ".join(f"{graph.target}/{graph.name}" for graph in manifest.graphs) or "none",
+        "reports": ", ".join(manifest.reports) or "none",
+        "size": f"{sum(e.size for e in manifest.files.values()) / 2**20:.1f} MiB",
+        "classes": ", ".join(f"{i} {name}" for i, name in enumerate(model.classes)),
+    }
+
+
+def warn_of_idle_cache(policy: str, plan: StepPlan, strict: bool) -> None:
+    """Say where a cache never triggers.
+
+    Raises:
+        ConfigError: the same, where it is asked to be strict.
+    """
+    reason = idle(policy, plan)
+    if reason is not None and strict:
+        raise ConfigError(reason)
+    if reason is not None:
+        say(f"warning: {reason}")
 
 
 def warn_of_slow_integers(found: Audit) -> None:

@@ -33,4 +33,14 @@ def make_plan(policy: str, *, steps: int, interval: int, slots: int, order: int 
     return POLICIES[policy](steps, interval, slots, order)
 
 
-__all__ = ["POLICIES", "StepPlan", "make_plan"]
+def idle(policy: str, plan: StepPlan) -> str | None:
+    """Why a cache policy does nothing under a plan; None where it does something."""
+    if policy == "none" or not plan.full.all():
+        return None
+    return (
+        f"cache {policy} never reuses: all {len(plan.full)} steps are full; "
+        "raise --interval, or use --cache none"
+    )
+
+
+__all__ = ["POLICIES", "StepPlan", "idle", "make_plan"]
