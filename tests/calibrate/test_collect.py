@@ -237,10 +237,8 @@ def test_overflow_is_found_by_every_pass(
         collect(bundle, tiny, "test", watches())
 
 
-def test_reconstruction_takes_equally_many_rows_of_every_step(
-    tiny: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Drawn from conditional and null rows, with the label, timestep and bin of each."""
+def spied_rows(monkeypatch: pytest.MonkeyPatch) -> list[blocks.Rows]:
+    """What reconstruction will be given."""
     seen: list[blocks.Rows] = []
 
     class Spy(blocks.Walk):
@@ -249,6 +247,14 @@ def test_reconstruction_takes_equally_many_rows_of_every_step(
             seen.append(self.rows)
 
     monkeypatch.setattr("ditcast.calibrate.stage.Walk", Spy)
+    return seen
+
+
+def test_reconstruction_takes_equally_many_rows_of_every_step(
+    tiny: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Drawn from conditional and null rows, with the label, timestep and bin of each."""
+    seen = spied_rows(monkeypatch)
     bundle = start(tiny, tmp_path / "b", method="tfmq", iterations=1, rows=27, fsc="all")
     calibrate(bundle, tiny)
     (rows,) = seen

@@ -12,9 +12,10 @@ from torch.nn import functional
 
 from ditcast import recipe as recipes
 from ditcast.bundle import Bundle
-from ditcast.calibrate import blocks, calibrate, qparams, tap
+from ditcast.calibrate import calibrate, qparams, tap
 from ditcast.models import LoadedModel
 from ditcast.models.base import describe
+from tests.calibrate.test_collect import spied_rows
 from tests.conftest import RECIPE
 
 
@@ -85,14 +86,7 @@ def test_rows_are_those_of_steps_that_compute(
     trajectories: str,
 ) -> None:
     """Under a cache the pool is that of full steps; bins of reuse steps have scales too."""
-    seen: list[blocks.Rows] = []
-
-    class Spy(blocks.Walk):
-        def __init__(self, *arguments: Any) -> None:
-            super().__init__(*arguments)
-            seen.append(self.rows)
-
-    monkeypatch.setattr("ditcast.calibrate.stage.Walk", Spy)
+    seen = spied_rows(monkeypatch)
     keys: dict[str, Any] = {"method": "tfmq", "iterations": 1, "rows": 12, "cache": "fora"}
     keys |= {"selection": selection, "trajectories": trajectories}
     bundle = Bundle.create(tmp_path / "b", describe(tiny, recipes.make(RECIPE | keys)))

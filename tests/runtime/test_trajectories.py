@@ -98,17 +98,8 @@ def test_calibration_samples_as_diffusers(model: Any, tiny: LoadedModel, tiny_di
     """The trajectories whose inputs are observed are those of the model."""
     scheduler = DDIMScheduler.from_pretrained(tiny_dir / "scheduler")
     wanted = by_diffusers(model, scheduler, 6, guidance=2.0)
-    found = trajectory.sample(
-        tiny.adapter,
-        from_config(tiny.scheduler),
-        sampler="ddim",
-        steps=6,
-        guidance=2.0,
-        seed=SEED,
-        indices=range(3),
-        labels=LABELS,
-    )
-    assert largest(found.numpy(), wanted) < LIMIT
+    found = by_torch(tiny, 6)
+    assert largest(found, wanted) < LIMIT
 
 
 def test_ddpm_graphs_sample_as_diffusers(
@@ -129,6 +120,25 @@ def test_ddpm_graphs_sample_as_diffusers(
     found = Pipeline(other_bundle, target="reference").sample(LABELS, seed=SEED, cache="none")
     assert np.abs(found).max() <= 1  # the last step ends at the clipped mean
     assert largest(found, wanted) < LIMIT
+
+
+def by_torch(
+    model: LoadedModel, steps: int, plan: StepPlan | None = None, stop_after: int | None = None
+) -> NDArray[Any]:
+    """The same images in torch."""
+    found = trajectory.sample(
+        model.adapter,
+        from_config(model.scheduler),
+        sampler="ddim",
+        steps=steps,
+        guidance=2.0,
+        seed=SEED,
+        indices=range(3),
+        labels=LABELS,
+        plan=plan,
+        stop_after=stop_after,
+    )
+    return found.numpy()
 
 
 class Cached:
@@ -210,18 +220,8 @@ def test_slots_are_predicted_of_several_full_steps(
     found = pipeline.sample(LABELS, seed=SEED, steps=len(full))
     assert largest(found, wanted) < LIMIT
     np.testing.assert_array_equal(pipeline.sample(LABELS, seed=SEED, steps=len(full)), found)
-    by_torch = trajectory.sample(
-        tiny.adapter,
-        from_config(tiny.scheduler),
-        sampler="ddim",
-        steps=len(full),
-        guidance=2.0,
-        seed=SEED,
-        indices=range(3),
-        labels=LABELS,
-        plan=plan,
-    )
-    assert largest(by_torch.numpy(), wanted) < LIMIT
+    simulated = by_torch(tiny, len(full), plan)
+    assert largest(simulated, wanted) < LIMIT
     pipeline.by_hand = hold(full, 4)
     assert largest(pipeline.sample(LABELS, seed=SEED, steps=len(full)), wanted) > LIMIT
 
@@ -243,18 +243,8 @@ def test_the_graph_loop_carries_forecasts_from_segment_to_segment(
     assert pipeline.plan().history == order + 1
     host = pipeline.sample(LABELS, seed=SEED)
     np.testing.assert_array_equal(pipeline.sample(LABELS, seed=SEED, loop="graph"), host)
-    by_torch = trajectory.sample(
-        tiny.adapter,
-        from_config(tiny.scheduler),
-        sampler="ddim",
-        steps=12,
-        guidance=2.0,
-        seed=SEED,
-        indices=range(3),
-        labels=LABELS,
-        plan=pipeline.plan(),
-    )
-    assert largest(by_torch.numpy(), host) < LIMIT
+    simulated = by_torch(tiny, 12, pipeline.plan())
+    assert largest(simulated, host) < LIMIT
     assert largest(pipeline.sample(LABELS, seed=SEED, cache="fora"), host) > LIMIT
 
 
@@ -305,19 +295,8 @@ def test_torch_follows_a_plan_too(tiny: LoadedModel, shared_bundle: Bundle) -> N
     seen: list[NDArray[Any]] = []
     found = pipeline.sample(LABELS, seed=SEED, callback=lambda step: seen.append(step.sample))
     for stop_after, wanted in ((None, found), (3, seen[2])):
-        by_torch = trajectory.sample(
-            tiny.adapter,
-            from_config(tiny.scheduler),
-            sampler="ddim",
-            steps=6,
-            guidance=2.0,
-            seed=SEED,
-            indices=range(3),
-            labels=LABELS,
-            plan=pipeline.plan(),
-            stop_after=stop_after,
-        ).numpy()
-        assert largest(by_torch, wanted) < LIMIT
+        simulated = by_torch(tiny, 6, pipeline.plan(), stop_after=stop_after)
+        assert largest(simulated, wanted) < LIMIT
     assert largest(seen[2], found) > 0.1
 
 
@@ -329,16 +308,7 @@ def test_integer_graphs_sample_as_their_simulation(
     assert quantization is not None
     scales = qparams.load(shared_bundle.file(quantization.file))
     with quantized(tiny.adapter, scales):
-        simulated = trajectory.sample(
-            tiny.adapter,
-            from_config(tiny.scheduler),
-            sampler="ddim",
-            steps=6,
-            guidance=2.0,
-            seed=SEED,
-            indices=range(3),
-            labels=LABELS,
-        ).numpy()
+        simulated = by_torch(tiny, 6)
     found = Pipeline(shared_bundle).sample(LABELS, seed=SEED, cache="none")
     exact = Pipeline(shared_bundle, target="reference").sample(LABELS, seed=SEED, cache="none")
     assert psnr_db(found, simulated) >= 40
