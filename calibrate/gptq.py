@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from ditcast.calibrate.codes import grouped, weight_limits
+from ditcast.calibrate.codes import SMALLEST, grouped, weight_limits
 from ditcast.calibrate.qparams import LayerScales
 
 DAMPING = 0.01  # share of the mean diagonal that is added to it (GPTQ code)
@@ -30,7 +30,8 @@ def compensated(weight: Tensor, scales: LayerScales, gram: Tensor) -> Tensor:
     step = grouped(weight, scales.weight).double()
     diagonal = gram.diagonal()
     order = torch.argsort(diagonal, descending=True, stable=True)
-    damped = gram.double() + DAMPING * diagonal.double().mean() * torch.eye(len(gram)).double()
+    damping = DAMPING * diagonal.double().mean().clamp(min=SMALLEST)
+    damped = gram.double() + damping * torch.eye(len(gram)).double()
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped[order][:, order]))
     upper = torch.linalg.cholesky(inverse, upper=True)
     left, step = weight.double()[:, order], step[:, order]

@@ -79,11 +79,16 @@ def test_independent_inputs_change_nothing() -> None:
 
 
 def test_an_input_that_is_always_zero_is_no_singular_matrix() -> None:
-    """A dead channel of activations, which balancing and ReLU-like layers have."""
+    """A dead channel of activations, or all of them: those weights go to the nearest."""
     torch.manual_seed(0)
     layer, x = nn.Linear(12, 8), mixed(64, 12)
     x[:, 3] = 0
-    assert compensated(layer.weight.data, nearest(layer), x.T @ x).isfinite().all()
+    held = nearest(layer)
+    steps = layer.weight.data / held.weight[:, None]
+    found = compensated(layer.weight.data, held, x.T @ x)
+    assert found.isfinite().all()
+    torch.testing.assert_close(found[:, 3], steps[:, 3])
+    torch.testing.assert_close(compensated(layer.weight.data, held, torch.zeros(12, 12)), steps)
 
 
 def test_reconstruction_starts_at_the_compensated_codes() -> None:
