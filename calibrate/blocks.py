@@ -163,7 +163,8 @@ class Walk:
             bits = {name: self.bits[name] for name in names}
             start = self.method.nearest(linears, bits, self.recipe.group)
             roundings = adaround.start(linears, start, self._grams(linears, names, unit))
-        scales = self._ranges(start, unit) if self.method.learn else {}
+        first = {name: replace(start[name], codes=r.hard()) for name, r in roundings.items()}
+        scales = self._ranges(first, unit) if self.method.learn else {}
         learned = {name: nn.Parameter(scale.log()) for name, scale in scales.items()}
         with self._layered(start) as found:
             for name, parameter in learned.items():
@@ -180,7 +181,7 @@ class Walk:
             )
         done = {name: replace(start[name], codes=r.hard()) for name, r in roundings.items()}
         if self.method.learn:
-            scales = {name: parameter.data.exp() for name, parameter in learned.items()}
+            scales = {name: self._all_bins(p.data.exp()) for name, p in learned.items()}
         else:
             scales = self._ranges(done, unit)
         return {
@@ -218,8 +219,21 @@ class Walk:
                     wide = self.bits[name].activation
                     scale = self.method.input_scale(states[name], self.recipe.percentile, wide)
                     measured[name].append(scale)
-        found = {name: torch.tensor(of) for name, of in measured.items()}
-        return found if self.recipe.fsc == "all" else {n: of[0] for n, of in found.items()}
+        if self.recipe.fsc != "all":
+            return {name: torch.tensor(of[0]) for name, of in measured.items()}
+        found, held = {}, self.rows.bins.unique()
+        for name, of in measured.items():
+            found[name] = torch.ones(int(self.base.edges.numel()) + 1)
+            found[name][held] = torch.tensor(of)
+        return {name: self._all_bins(scale) for name, scale in found.items()}
+
+    def _all_bins(self, scale: Tensor) -> Tensor:
+        """A bin without rows, as of a reuse step, has the scale of the step before it."""
+        if not scale.dim():
+            return scale
+        held = self.rows.bins.unique()  # ascending in the timestep, so the next one is earlier
+        of = torch.searchsorted(held, torch.arange(len(scale))).clamp(max=len(held) - 1)
+        return scale[held[of]]
 
     def _groups(self) -> list[Tensor]:
         """The rows whose inputs share one scale: those of each bin, or all of them, shuffled."""

@@ -22,25 +22,23 @@ def fit(bundle: Bundle, model: LoadedModel) -> None:
     """
     manifest = bundle.manifest
     recipe, quantization = manifest.recipe, manifest.quantization
-    plan = Fitted().plan(manifest)
-    guarding = recipe.guard == "on" and quantization is not None and plan.history > 1
-    if manifest.cache is not None or not (guarding or recipe.correction != "none"):
+    if not fitted.missing(manifest):
         return
+    plan = Fitted().plan(manifest)
     scales = QParams()
     if quantization is not None:
         bundle.check(quantization.file)
         scales = qparams.load(bundle.file(quantization.file))
     found = Fitted()
-    if guarding:
+    if fitted.guarding(manifest):
         say("cache: measuring quantization noise and true change of every slot")
         found = Fitted(*noise.measure(model, recipe, scales, plan))
     safe = found.plan(manifest)
     if recipe.correction != "none":
-        say("cache: fitting the variance correction")
         gain, offset = correction.fit(model, recipe, scales, safe)
         found = found._replace(gain=gain, offset=offset)
     fitted.save(found, bundle.staged(FILE))
-    forecasts = int((~plan.full).sum()) * len(model.adapter.slots)
+    forecasts = int((~plan.full).sum()) * len(model.adapter.slots) if found.noise is not None else 0
     section = CacheFit(
         made_from=manifest.fingerprint(),
         file=FILE,

@@ -47,8 +47,8 @@ def collect(bundle: Bundle, model: LoadedModel, name: str, watches: Sequence[Wat
     """The states of all watches after the recipe's trajectories.
 
     An interrupted pass is taken up after its last whole batch; `name` is that of its file. Where
-    the trajectories follow a cache's plan, the layers run in full steps only, and the state of a
-    reuse step is that of the full step before it.
+    the trajectories follow a cache's plan, a layer that reuse steps do not run has the state of
+    the full step before them there.
 
     Raises:
         ConfigError: NaN or Inf in a trajectory.
@@ -94,7 +94,7 @@ def collect(bundle: Bundle, model: LoadedModel, name: str, watches: Sequence[Wat
 
 
 def followed(bundle: Bundle) -> StepPlan:
-    """The plan of calibration trajectories: calibrated is what the deployed sampler runs."""
+    """The plan of calibration trajectories: all steps full, or the cache's without its guard."""
     manifest = bundle.manifest
     if manifest.recipe.trajectories == "cached":
         return Fitted().plan(manifest)
@@ -118,7 +118,7 @@ def _watching(
     def hook_of(watch: Watch) -> torch.utils.hooks.RemovableHandle:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             del module
-            check_finite(args[0], watch.name, current)
+            check_finite(args[0], f"the input of layer {watch.name}", current)
             found = states[watch.name]
             i = current if watch.stepwise else 0
             found[i] = watch.observer.observe(found[i], args[0])
@@ -133,15 +133,15 @@ def _watching(
             hook.remove()
 
 
-def check_finite(x: Tensor, layer: str, step: int) -> None:
+def check_finite(x: Tensor, what: str, step: int) -> None:
     """Refuse a trajectory that overflowed.
 
     Raises:
-        ConfigError: naming layer and step.
+        ConfigError: naming what overflowed, and the step.
     """
     if not bool(torch.isfinite(x).all()):
         raise ConfigError(
-            f"calibration: NaN or Inf in the input of layer {layer} at step {step}; "
+            f"calibration: NaN or Inf in {what} at step {step}; "
             "the model overflows with this sampler and guidance, try other values"
         )
 

@@ -14,17 +14,19 @@ from torch import Tensor
 
 from ditcast.cache import StepPlan
 from ditcast.cache.fitted import Table
-from ditcast.calibrate.collect import draw_labels
+from ditcast.calibrate.collect import check_finite, draw_labels
 from ditcast.calibrate.qparams import QParams
 from ditcast.calibrate.simulate import quantized
 from ditcast.calibrate.trajectory import sample
+from ditcast.errors import ConfigError
 from ditcast.models import LoadedModel
-from ditcast.progress import say
+from ditcast.progress import counting, say
 from ditcast.recipe import Recipe
 from ditcast.sampling import correct
 from ditcast.schedule import from_config
 
 GUARD = 0.3  # of the deviation of the reference: the least magnitude that is divided by
+IMAGES = 64  # at most: they are sampled in one batch
 LIMITS = (0.8, 1.2)  # a gain outside of them is no correction of a variance any more
 
 Gain = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -66,24 +68,37 @@ def fit(
 ) -> tuple[Table, Table]:
     """Gain and offset, (T, C) each, of the quantized and cached sampler.
 
-    Both chains start from the same noise and see the same noise at every step. Each gain is
-    fitted to the samples that those before it have corrected, or it would correct them twice.
+    Both chains start from the same noise and see the same noise at every step, in one batch of at
+    most 64 of the recipe's trajectories. Each gain is fitted to the samples that those before it
+    have corrected, or it would correct them twice.
+
+    Raises:
+        ConfigError: NaN or Inf in a sample, or a gain that is no number.
     """
     adapter, wanted = model.adapter, list[Tensor]()
+    count = min(recipe.samples, IMAGES)
     gains, offsets = list[Tensor](), list[Tensor]()
 
     def remember(step: int, x: Tensor) -> Tensor:
-        del step
+        check_finite(x, "the sample", step)
         wanted.append(x)
+        advance()
         return x
 
     def learn(step: int, x: Tensor) -> Tensor:
+        check_finite(x, "the sample of the quantized and cached network", step)
+        advance()
         mean = x.mean(dim=(0, 2, 3), keepdim=True)
         gain = GAINS[recipe.correction](x, wanted[step], mean)
+        if not bool(gain.isfinite().all()):
+            raise ConfigError(
+                f"correction: got {recipe.correction}, whose gain at step {step} is no number; "
+                "expected exact or moment"
+            )
         gains.append(gain.clamp(*LIMITS))
         offsets.append((1 - gains[-1]) * mean.flatten())
         if not torch.equal(gain, gains[-1]):
-            say(f"correction: step {step} asks for gains {_range(gain)}, taken up to {LIMITS}")
+            say(f"correction: step {step} asks for gains {_range(gain)}, cut to {LIMITS}")
         corrected: Tensor = correct(x, gains[-1], offsets[-1])
         return corrected
 
@@ -95,15 +110,16 @@ def fit(
             steps=recipe.steps,
             guidance=recipe.guidance,
             seed=recipe.seed,
-            indices=range(recipe.samples),
-            labels=draw_labels(recipe, adapter.num_classes),
+            indices=range(count),
+            labels=draw_labels(recipe, adapter.num_classes)[:count],
             plan=plan,
             correct=correct,
         )
 
-    run(None, remember)
-    with quantized(adapter, qparams):
-        run(plan, learn)
+    with counting("fitting the correction", 2 * recipe.steps) as advance:
+        run(None, remember)
+        with quantized(adapter, qparams):
+            run(plan, learn)
     return torch.stack(gains).numpy(), torch.stack(offsets).numpy()
 
 

@@ -1,4 +1,4 @@
-"""What calibration found: scales, roundings, factors and stored features, in one file."""
+"""What calibration found: scales, codes, factors and stored features, in one file."""
 
 from __future__ import annotations
 

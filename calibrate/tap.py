@@ -35,7 +35,7 @@ def select(inputs: Tensor, steps: Tensor, count: int, *, seed: int, alpha: float
     strata: list[list[int]] = []
     for i in range(SUBSETS):
         subset = torch.randperm(total, generator=generator)[:size]
-        clusters = min(CLUSTERS, size // 2)
+        clusters = max(1, min(CLUSTERS, size // 2))
         of = cluster(inputs[subset], steps[subset], clusters, seed=seed + i, alpha=alpha)
         strata += [subset[of == label].tolist() for label in of.unique()]
     drawn: dict[int, None] = {}  # in the order of the draw, each once

@@ -17,7 +17,7 @@ from torch.export import Dim
 from ditcast import tensors
 from ditcast.bundle import Bundle
 from ditcast.cache import StepPlan
-from ditcast.cache.fitted import Fitted, of_target
+from ditcast.cache.fitted import Fitted, missing, of_target
 from ditcast.calibrate.qparams import QParams
 from ditcast.calibrate.qparams import load as load_qparams
 from ditcast.calibrate.simulate import Simulation, quantized
@@ -77,6 +77,11 @@ def to_onnx(bundle: Bundle, model: LoadedModel, targets: Sequence[str] = DEFAULT
     bundle.clear()  # what an interrupted export staged takes up the disk that is checked here
     _check_disk(bundle, model, len(due))
     qparams = _qparams(bundle, model)
+    if missing(bundle.manifest):
+        raise BundleError(
+            f"export: {bundle.path} is not calibrated for its cache; "
+            f"run: ditcast calibrate {model.source} -o {bundle.path}"
+        )
     found = [graph for graph in bundle.manifest.graphs if graph.target in held]
     golden: dict[str, Any] = {}
     if held:
@@ -140,7 +145,11 @@ def _export(
                 qparams=qparams,
                 linears=simulation.linears,
             )
-            parities, output = _compare(bundle, adapter, target, folder, probes, simulation)
+            reference = probes
+            if TARGETS[target].loop:
+                fitted = of_target(bundle, target)
+                reference = probes | {"sampler": _loop_probe(bundle, adapter, fitted)}
+            parities, output = _compare(adapter, folder, reference, simulation)
             feeds = probes["full"].feeds
             golden |= {f"{target}.input.{k}": feed.numpy() for k, feed in feeds.items()}
             golden[f"{target}.output"] = output
@@ -278,12 +287,7 @@ def _short_steps(bundle: Bundle) -> int:
 
 
 def _compare(
-    bundle: Bundle,
-    adapter: Adapter,
-    target: str,
-    folder: Path,
-    probes: dict[str, Probe],
-    simulation: Simulation,
+    adapter: Adapter, folder: Path, probes: dict[str, Probe], simulation: Simulation
 ) -> tuple[dict[str, dict[str, float]], Any]:
     """Parity of every graph, and the full step's output for the golden file.
 
@@ -293,8 +297,6 @@ def _compare(
     found: dict[str, dict[str, float]] = {}
     golden: Any = None
     short = folder / f"{SHORT}.onnx"
-    if short.exists():
-        probes = probes | {"sampler": _loop_probe(bundle, adapter, of_target(bundle, target))}
     rounding = [name for name, layer in simulation.layers.items() if layer.scale is not None]
     for name, probe in probes.items():
         unquantized: dict[str, Tensor] | None = None

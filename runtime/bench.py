@@ -148,8 +148,9 @@ def _variants(bundle: Bundle, backend: str, settings: Settings, steps: int) -> l
     found = [Variant("full precision", reference, "none", steps)]
     if bundle.manifest.quantization is not None:
         found.append(Variant(recipe.scheme, quantized, "none", steps))
-    if recipe.cache != "none":
-        found.append(Variant("cache", reference, recipe.cache, steps))
+    if recipe.cache != "none":  # what the bundle runs; full precision, where it quantizes
+        cached = quantized if bundle.manifest.quantization is None else reference
+        found.append(Variant("cache", cached, recipe.cache, steps))
     if len(found) == 3:
         found.append(Variant(f"{recipe.scheme} + cache", quantized, recipe.cache, steps))
     return found

@@ -89,10 +89,13 @@ class Pipeline:
         Another number of steps than the recipe's is fine here.
         """
         steps = self.recipe.steps if steps is None else steps
+        self.schedule.timesteps(steps)  # refuses a bad number of steps before any work is done
         if isinstance(cache, StepPlan):
-            if len(cache.full) != steps:
+            shape, slots = (len(cache.full), cache.weights.shape[2]), len(self.model.slots)
+            if shape != (steps, slots):
                 raise ConfigError(
-                    f"cache: got a plan of {len(cache.full)} steps, expected one of {steps}"
+                    f"cache: got a plan of {shape[0]} steps and {shape[1]} slots, "
+                    f"expected one of {steps} and {slots}"
                 )
             return cache
         if self._deployed(steps, cache):
@@ -147,10 +150,9 @@ class Pipeline:
         if not 0 <= guidance < float("inf"):
             raise ConfigError(f"guidance: got {guidance}, expected a number from 0")
         steps = self.recipe.steps if steps is None else steps
-        self.schedule.timesteps(steps)  # refuses a bad number of steps before any work is done
+        plan = self.plan(steps, cache)
         self._check_stored(labels, steps, spacing)
         self._check_fitted(steps, cache, spacing)
-        plan = self.plan(steps, cache)
         noises = steps if needs_noise(self.recipe.sampler) else 0
         shape = self.model.sample_shape
         drawn = [draw_noise(seed, first + i, shape, noises) for i in range(len(labels))]
@@ -228,8 +230,11 @@ class Pipeline:
                 f"loop graph: backend {self.backend.name} runs a whole Loop many times slower than "
                 "its steps; use --loop host, or --backend onnxruntime"
             )
-        name = "of another plan" if isinstance(cache, StepPlan) else cache or self.recipe.cache
-        asked = {"steps": steps, "cache": name}
+        if isinstance(cache, StepPlan):
+            raise ConfigError(
+                "loop graph: got a plan, but sampler.onnx holds the bundle's own; use the host loop"
+            )
+        asked = {"steps": steps, "cache": cache or self.recipe.cache}
         for key, value in asked.items():
             held = getattr(self.recipe, key)
             if value != held:
@@ -267,10 +272,11 @@ class Pipeline:
         if not self._fixed_cache(cache):
             return
         if steps != self.recipe.steps or spacing not in (None, self.schedule.spacing):
+            other = ", or use --cache none" if self.recipe.cache != "none" else ""
             raise ConfigError(
                 f"steps: got {steps}{f' with {spacing} spacing' if spacing else ''}, but the "
                 f"cache of the bundle was calibrated for its {self.recipe.steps} steps; compile "
-                f"one with --steps {steps}, or use --cache none"
+                f"one with --steps {steps}{other}"
             )
 
     def _check_labels(self, labels: Sequence[int]) -> None:

@@ -233,15 +233,12 @@ REQUESTS: dict[str, Case] = {
     "a digit that is none": (nothing, (*SAMPLE, "³"), "labels: got '³', expected class numbers"),
     "no labels": (nothing, SAMPLE, "labels: got none, expected at least one"),
     "sampling no steps": (nothing, (*SAMPLE, 1, "--steps", 0), "steps: got 0, expected 1 to 1000"),
-    "steps below the interval": (
-        nothing,
-        (*SAMPLE, 1, "--steps", 1),
-        "interval: got 2, expected at",
-    ),
+    "no steps uncached": (nothing, (*SAMPLE, 1, "--steps", 0, "--cache", "none"), "steps: got 0"),
+    "steps below the interval": (nothing, (*SAMPLE, 1, "--steps", 1), "interval: got 2, expec"),
     "an unknown cache": (
         nothing,
-        (*SAMPLE, 1, "--cache", "taylor"),
-        "unknown policy 'taylor'; expecte",
+        (*SAMPLE, 1, "--cache", "teacache"),
+        "unknown policy 'teacache'; expe",
     ),
     "an unknown target": (
         nothing,

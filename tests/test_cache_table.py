@@ -15,6 +15,7 @@ from ditcast.bundle import Bundle
 from ditcast.models import LoadedModel
 from tests.conftest import make_bundle
 
+EIGHT, FOUR = "w8a8 absmax fp", "w4a8 absmax fp"
 TOOLS = Path(__file__).parents[1] / "tools"
 
 
@@ -49,14 +50,14 @@ def test_every_point_has_speed_and_fidelity(
         ("fp32", "full precision", 6, 6),
         ("fp32", "fora", 3, 6),
         ("fp32", "taylor-1", 3, 6),
-        ("w8a8", "none", 6, 6),
-        ("w8a8", "fora", 3, 6),
-        ("w8a8", "taylor-1", 3, 6),
-        ("w4a8", "none", 6, 6),
-        ("w4a8", "fora", 3, 6),
-        ("w4a8", "taylor-1", 3, 6),
+        (EIGHT, "none", 6, 6),
+        (EIGHT, "fora", 3, 6),
+        (EIGHT, "taylor-1", 3, 6),
+        (FOUR, "none", 6, 6),
+        (FOUR, "fora", 3, 6),
+        (FOUR, "taylor-1", 3, 6),
         ("fp32", "fewer steps", 3, 3),
-        ("w4a8", "fitted: taylor-1, guard on, vc moment", 4, 6),
+        (FOUR, "fitted: taylor-1, guard on, vc moment, full trajectories, uniform", 4, 6),
     ]
     assert rows[0]["psnr_db"]["p50"] == 100
     assert all(row["psnr_db"]["p50"] < 100 for row in rows[1:])
@@ -67,18 +68,20 @@ def test_every_point_has_speed_and_fidelity(
     assert "plotly" in (tmp_path / "cache.html").read_text()
 
 
-def entry(precision: str, policy: str, value: float, full: int = 14) -> dict[str, Any]:
+def entry(precision: str, policy: str, value: float, interval: int = 4) -> dict[str, Any]:
     """A row, as far as stacking reads it."""
-    steps = {"full_steps": full, "steps": 50}
-    return {"precision": precision, "policy": policy, "fd_to_fp": {"value": value}, **steps}
+    row = {"precision": precision, "policy": policy, "interval": interval, "full_steps": 14}
+    return row | {"fd_to_fp": {"value": value}}
 
 
-def test_stacking_loss_is_beyond_the_larger_of_the_two(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Quantized 0.1, cached 0.3, both 0.7: a loss of 0.4, of which 0.4 leaves a quarter."""
+def test_stacking_loss_is_beyond_the_larger_of_the_two(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Quantized 0.1, cached 0.3, both 0.7: a loss of 0.4, of which 0.1 is left."""
     rows = [
-        entry("w8a8", "none", 0.1, full=50),
+        entry("w8a8", "none", 0.1, interval=1),
         entry("fp32", "taylor-1", 0.3),
-        entry("fp32", "taylor-1", 9.0, full=18),
+        entry("fp32", "taylor-1", 9.0, interval=3),
         entry("w8a8", "taylor-1", 0.7),
         entry("w8a8", "fitted: taylor-1, guard on, vc exact", 0.4),
         entry("w4a8", "fitted: taylor-1, guard on, vc exact", 0.4),
@@ -88,6 +91,7 @@ def test_stacking_loss_is_beyond_the_larger_of_the_two(monkeypatch: pytest.Monke
     assert found["loss"] == pytest.approx(0.4)
     assert found["left"] == pytest.approx(0.1)
     assert found["won_back"] == pytest.approx(0.75)
+    assert "no row of taylor-1 at interval 4 to compare w4a8 with" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -112,4 +116,4 @@ def test_bad_requests_are_one_line(
 def test_bundles_of_other_models_are_refused(shared_bundle: Bundle, other_bundle: Bundle) -> None:
     done = run(shared_bundle.path, other_bundle.path)
     assert done.returncode == 2
-    assert "is of another model or schedule than" in done.stderr
+    assert "has another model" in done.stderr

@@ -31,7 +31,7 @@ from quality_run import SEED, Samples, image_labels
 from ditcast.bundle import Bundle
 from ditcast.cache import StepPlan, make_plan
 from ditcast.errors import ConfigError, optional
-from ditcast.progress import counting
+from ditcast.progress import counting, say
 from ditcast.runtime import Pipeline, images, machine
 from ditcast.runtime.choice import open_backend
 from ditcast.schedule import SPACINGS
@@ -53,6 +53,7 @@ class Point:
     pipeline: Pipeline
     plan: StepPlan | None  # None is the bundle's own
     steps: int
+    interval: int = 1
     spacing: str | None = None
     image_ms: list[float] = field(default_factory=list)  # per batch
     samples: list[Samples] = field(default_factory=list)
@@ -81,35 +82,25 @@ class Point:
 
 
 def points(bundles: Sequence[Bundle], args: argparse.Namespace) -> list[Point]:
-    """Full precision first; policies on each precision; what was fitted; fewer steps.
-
-    Raises:
-        ConfigError: bundles of other models or schedules than the first.
-    """
-    recipe, info = bundles[0].manifest.recipe, bundles[0].manifest.model
+    """Full precision first; policies on each precision; fewer steps; what was fitted."""
+    recipe, slots = bundles[0].manifest.recipe, len(bundles[0].manifest.model.slots)
     backend = open_backend("onnxruntime", bundles[0], Settings(threads=args.threads))
     exact = Pipeline(bundles[0], backend=backend, target="reference")
     precisions, fitted = {"fp32": exact}, []
     for bundle in bundles:
-        held, model = bundle.manifest.recipe, bundle.manifest.model
-        differing = [k for k in ("steps", "sampler") if getattr(held, k) != getattr(recipe, k)]
-        if model.fingerprint != info.fingerprint or differing:
-            raise ConfigError(
-                f"bundles: {bundle.path} is of another model or schedule than "
-                f"{bundles[0].path}; compile all with the same model, steps and sampler"
-            )
+        held, name = bundle.manifest.recipe, precision_of(bundle)
         pipeline = Pipeline(bundle, backend=backend)
         if bundle.manifest.quantization is not None:
-            precisions.setdefault(held.scheme, pipeline)
+            precisions.setdefault(name, pipeline)
         if bundle.manifest.cache is not None:
-            what = f"{FITTED}: {held.cache}-{held.order}, guard {held.guard}, vc {held.correction}"
-            fitted.append(Point(held.scheme, what, pipeline, None, recipe.steps))
-    slots, found = len(info.slots), []
-    nothing = make_plan("none", steps=recipe.steps, interval=1, slots=slots)
+            policy = f"taylor-{held.order}" if held.cache == "taylor" else held.cache
+            what = f"{FITTED}: {policy}, guard {held.guard}, vc {held.correction}"
+            what += f", {held.trajectories} trajectories, {held.selection}"
+            fitted.append(Point(name, what, pipeline, None, recipe.steps, held.interval))
+    nothing, found = make_plan("none", steps=recipe.steps, interval=1, slots=slots), []
     for name, pipeline in precisions.items():
-        found.append(
-            Point(name, FULL if name == "fp32" else "none", pipeline, nothing, recipe.steps)
-        )
+        title = FULL if name == "fp32" else "none"
+        found.append(Point(name, title, pipeline, nothing, recipe.steps))
         for text in args.policies:
             policy, _, order = text.partition("-")
             for interval in args.intervals:
@@ -120,13 +111,42 @@ def points(bundles: Sequence[Bundle], args: argparse.Namespace) -> list[Point]:
                     slots=slots,
                     order=int(order or 0),
                 )
-                found.append(Point(name, text, pipeline, plan, recipe.steps))
+                found.append(Point(name, text, pipeline, plan, recipe.steps, interval))
     for interval in args.intervals:
         plan = make_plan("fora", steps=recipe.steps, interval=interval, slots=slots)
-        steps = plan.full_steps
-        nothing = make_plan("none", steps=steps, interval=1, slots=slots)
-        found.append(Point("fp32", FEWER, exact, nothing, steps))
+        nothing = make_plan("none", steps=plan.full_steps, interval=1, slots=slots)
+        found.append(Point("fp32", FEWER, exact, nothing, plan.full_steps))
     return [*found, *fitted]
+
+
+def precision_of(bundle: Bundle) -> str:
+    """What is the same in bundles whose quantization is compared: scheme, method, features."""
+    recipe = bundle.manifest.recipe
+    return f"{recipe.scheme} {recipe.method} {recipe.temporal}"
+
+
+def check_bundles(bundles: Sequence[Bundle]) -> None:
+    """Refuse bundles whose images cannot be compared.
+
+    Raises:
+        ConfigError: of another model or sampling than the first, or of latents.
+    """
+    first = bundles[0]
+    if first.manifest.model.sample_shape[0] != 3:
+        raise ConfigError(f"bundles: {first.path} samples latents, which are no pictures")
+    for bundle in bundles[1:]:
+        keys = [
+            key
+            for key in ("steps", "sampler", "guidance")
+            if getattr(bundle.manifest.recipe, key) != getattr(first.manifest.recipe, key)
+        ]
+        if bundle.manifest.model.fingerprint != first.manifest.model.fingerprint:
+            keys.insert(0, "model")
+        if keys:
+            raise ConfigError(
+                f"bundles: {bundle.path} has another {', '.join(keys)} than {first.path}; "
+                "compile all with the same"
+            )
 
 
 def choose_spacing(point: Point, labels: Sequence[int], wanted: Samples) -> None:
@@ -146,8 +166,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Sample all points in turns, then compare."""
     bundles = [Bundle.open(path) for path in args.bundles]
     model, recipe = bundles[0].manifest.model, bundles[0].manifest.recipe
-    if model.sample_shape[0] != 3:
-        raise ConfigError(f"bundles: {bundles[0].path} samples latents, which are no pictures")
+    check_bundles(bundles)
     distances = _distances(args)
     entries = points(bundles, args)
     labels = image_labels(list(range(model.num_classes)), args.images)
@@ -198,6 +217,7 @@ def _row(
     row = {
         "precision": point.precision,
         "policy": point.policy,
+        "interval": point.interval,
         "steps": point.steps,
         "full_steps": point.full_steps(),
         "spacing": point.spacing,
@@ -215,34 +235,29 @@ def _row(
 def stacking(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """What quantization and cache lose together beyond the larger of the two alone, in fd_to_fp.
 
-    One entry per (precision, plan): the loss without and, where a bundle has them, with what was
-    fitted to the plan, and the share of it that was won back.
+    One entry per fitted plan that is in the table without what was fitted, too: the loss without
+    and with it, and the share that was won back.
     """
-
-    def fd(precision: str, policy: str, full_steps: int) -> float | None:
-        for row in rows:
-            if (row["precision"], row["policy"], row["full_steps"]) == (
-                precision,
-                policy,
-                full_steps,
-            ):
-                return float(row["fd_to_fp"]["value"]) if "fd_to_fp" in row else None
-        return None
-
+    known = {
+        (row["precision"], row["policy"], row["interval"]): row["fd_to_fp"]["value"]
+        for row in rows
+        if "fd_to_fp" in row
+    }
     found = []
     for row in rows:
         if not row["policy"].startswith(FITTED) or "fd_to_fp" not in row:
             continue
-        precision, count = row["precision"], row["full_steps"]
+        precision, interval = row["precision"], row["interval"]
         policy = row["policy"].removeprefix(f"{FITTED}: ").partition(",")[0]
-        alone = fd(precision, "none", row["steps"]), fd("fp32", policy, count)
-        both = fd(precision, policy, count)
-        if both is None or alone[0] is None or alone[1] is None:
+        keys = (precision, "none", 1), ("fp32", policy, interval), (precision, policy, interval)
+        if not known.keys() >= {*keys}:
+            say(f"stacking: no row of {policy} at interval {interval} to compare {precision} with")
             continue
-        larger = max(alone[0], alone[1])
+        quantized, cached, both = (known[key] for key in keys)
+        larger = max(quantized, cached)
         loss, left = both - larger, row["fd_to_fp"]["value"] - larger
-        entry = {"precision": precision, "fitted": row["policy"], "full_steps": count}
-        entry |= {"quantized": alone[0], "cached": alone[1], "both": both, "loss": loss}
+        entry = {"precision": precision, "fitted": row["policy"], "full_steps": row["full_steps"]}
+        entry |= {"quantized": quantized, "cached": cached, "both": both, "loss": loss}
         found.append(entry | {"left": left, "won_back": 1 - left / loss if loss > 0 else None})
     return found
 

@@ -200,17 +200,10 @@ def sample(
             found.append(batch)
     seconds = time.perf_counter() - started
     images.save(np.concatenate(found), output, scale)
-    _write_json(
-        json_file,
-        {
-            "images": len(numbers),
-            "seconds": round(seconds, 3),
-            "full_steps": plan.full_steps,
-            "reuse_steps": len(plan.full) - plan.full_steps,
-            "peak_memory_mib": round(machine.peak_memory_mib(), 1),
-            **pipeline.backend.facts(),
-        },
-    )
+    figures = {"images": len(numbers), "seconds": round(seconds, 3)}
+    figures |= {"full_steps": plan.full_steps, "reuse_steps": len(plan.full) - plan.full_steps}
+    memory = {"peak_memory_mib": round(machine.peak_memory_mib(), 1)}
+    _write_json(json_file, figures | memory | pipeline.backend.facts())
     click.echo(f"{output}: {len(numbers)} images in {seconds:.1f} s")
 
 

@@ -82,7 +82,7 @@ def audit_lines(found: Audit) -> list[str]:
 
 def bundle_rows(manifest: Manifest) -> dict[str, str]:
     """What a bundle holds, for `inspect`; rows may be empty."""
-    model, recipe = manifest.model, manifest.recipe
+    model, recipe, fit = manifest.model, manifest.recipe, manifest.cache
     layers = manifest.quantization.layers if manifest.quantization is not None else ()
     return {
         "model": f"{model.source} ({model.architecture}, "
@@ -93,12 +93,12 @@ def bundle_rows(manifest: Manifest) -> dict[str, str]:
         "quantization": f"{recipe.scheme} by {recipe.method}, {len(layers)} layers, "
         f"balance {recipe.balance}",
         "temporal features": f"{recipe.temporal}, ranges per step: {recipe.fsc}",
-        "cache": f"{recipe.cache}, interval {recipe.interval}, {len(model.slots)} slots",
-        "fitted to the cache": ""
-        if manifest.cache is None
-        else f"noise guard: "
-        f"{manifest.cache.held_back} of {manifest.cache.forecasts} forecasts are plain reuse, "
-        f"correction {recipe.correction}",
+        "cache": f"{recipe.cache}, interval {recipe.interval}, {len(model.slots)} slots"
+        + (f", order {recipe.order}" if recipe.cache == "taylor" else ""),
+        "noise guard": f"{fit.held_back} of {fit.forecasts} forecasts are plain reuse"
+        if fit is not None and fit.forecasts
+        else "",
+        "correction": recipe.correction if recipe.correction != "none" else "",
         "graphs": ", ".join(f"{graph.target}/{graph.name}" for graph in manifest.graphs) or "none",
         "reports": ", ".join(manifest.reports) or "none",
         "size": f"{sum(e.size for e in manifest.files.values()) / 2**20:.1f} MiB",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,19 @@ from torch import Tensor
 
 from ditcast import recipe as recipes
 from ditcast.bundle import Bundle
-from ditcast.cache import fitted, make_plan
-from ditcast.calibrate import calibrate, correction
+from ditcast.cache import StepPlan, fitted, make_plan
+from ditcast.calibrate import calibrate, correction, qparams
+from ditcast.calibrate.collect import draw_labels
 from ditcast.calibrate.correction import GAINS, GUARD, LIMITS, exact, moment, printed
 from ditcast.calibrate.qparams import QParams
-from ditcast.errors import ConfigError
+from ditcast.calibrate.simulate import quantized
+from ditcast.calibrate.trajectory import sample
+from ditcast.errors import BundleError, ConfigError
+from ditcast.export import to_onnx
 from ditcast.models import LoadedModel
 from ditcast.models.base import describe
+from ditcast.sampling import correct
+from ditcast.schedule import from_config
 from tests.conftest import RECIPE
 
 
@@ -120,7 +127,136 @@ def test_gains_out_of_range_are_cut_and_said(
     monkeypatch.setitem(correction.GAINS, "printed", lambda x, wanted, mean: torch.full((3,), 0.1))
     gain, _ = run(tiny, correction="printed")
     assert (gain == np.float32(0.8)).all()
-    assert "correction: step 0 asks for gains 0.10 to 0.10" in capsys.readouterr().err
+    assert (
+        "correction: step 0 asks for gains 0.10 to 0.10, cut to (0.8, 1.2)"
+        in capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize(
+    ("gain", "keys", "message"),
+    [
+        (float("nan"), {}, "correction: got printed, whose gain at step 0 is no number; expected"),
+        (1.0, {"guidance": 1e38}, "calibration: NaN or Inf in the sample at step 0"),
+    ],
+)
+def test_what_is_no_number_is_refused(
+    tiny: LoadedModel,
+    monkeypatch: pytest.MonkeyPatch,
+    gain: float,
+    keys: dict[str, Any],
+    message: str,
+) -> None:
+    monkeypatch.setitem(GAINS, "printed", lambda x, wanted, mean: torch.full((3,), gain))
+    with pytest.raises(ConfigError, match=message):
+        run(tiny, correction="printed", **keys)
+
+
+def test_a_corrected_chain_has_the_deviations_of_the_reference(
+    tiny: LoadedModel, tmp_path: Path
+) -> None:
+    """After every step of the quantized and cached chain, around its mean: replayed in torch."""
+    keys: dict[str, Any] = {"scheme": "w4a8", "correction": "moment", "steps": 6, "samples": 4}
+    recipe = recipes.make(RECIPE | keys)
+    bundle = Bundle.create(tmp_path / "b", describe(tiny, recipe))
+    calibrate(bundle, tiny)
+    held = fitted.of_target(bundle, "onnxruntime")
+    assert held.gain is not None
+    assert held.offset is not None
+    assert bundle.manifest.quantization is not None
+    scales = qparams.load(bundle.file(bundle.manifest.quantization.file))
+    wanted: list[Tensor] = []
+    before: list[Tensor] = []
+
+    def replay(step: int, x: Tensor) -> Tensor:
+        before.append(x)
+        assert held.gain is not None
+        assert held.offset is not None
+        gain, offset = torch.from_numpy(held.gain[step]), torch.from_numpy(held.offset[step])
+        found: Tensor = correct(x, gain, offset)
+        torch.testing.assert_close(mean_of(found), mean_of(x), atol=1e-5, rtol=1e-4)
+        inside = (gain > LIMITS[0]) & (gain < LIMITS[1])
+        deviations = [y.std(dim=(0, 2, 3))[inside] for y in (found, wanted[step])]
+        torch.testing.assert_close(*deviations, rtol=1e-3, atol=1e-5)
+        return found
+
+    def chain(plan: StepPlan | None, step: Callable[[int, Tensor], Tensor]) -> None:
+        sample(
+            tiny.adapter,
+            from_config(tiny.scheduler),
+            sampler="ddim",
+            steps=6,
+            guidance=recipe.guidance,
+            seed=recipe.seed,
+            indices=range(4),
+            labels=draw_labels(recipe, tiny.adapter.num_classes),
+            plan=plan,
+            correct=step,
+        )
+
+    chain(None, lambda step, x: wanted.append(x) or x)  # type: ignore[func-returns-value]
+    with quantized(tiny.adapter, scales):
+        chain(held.plan(bundle.manifest), replay)
+    assert any((a.std() - b.std()).abs() > 1e-4 for a, b in zip(before, wanted, strict=True))
+
+
+def test_noise_and_change_are_those_of_slot_outputs(tiny: LoadedModel, tmp_path: Path) -> None:
+    """By brute force: one slot's outputs, kept at every step of full precision and quantized."""
+    keys: dict[str, Any] = {"cache": "taylor", "interval": 3, "steps": 6, "samples": 2}
+    recipe = recipes.make(RECIPE | keys)
+    bundle = Bundle.create(tmp_path / "b", describe(tiny, recipe))
+    calibrate(bundle, tiny)
+    held = fitted.of_target(bundle, "onnxruntime")
+    assert held.noise is not None
+    assert held.change is not None
+    assert bundle.manifest.quantization is not None
+    scales = qparams.load(bundle.file(bundle.manifest.quantization.file))
+    outputs: list[Tensor] = []
+    inputs: list[tuple[Tensor, ...]] = []
+    module = tiny.adapter.denoiser
+    hooks = [
+        module.get_submodule("blocks.1.attn").register_forward_hook(
+            lambda module, args, output: outputs.append(output)
+        ),
+        module.register_forward_pre_hook(lambda module, args: inputs.append(args)),
+    ]
+    sample(
+        tiny.adapter,
+        from_config(tiny.scheduler),
+        sampler="ddim",
+        steps=6,
+        guidance=recipe.guidance,
+        seed=recipe.seed,
+        indices=range(2),
+        labels=draw_labels(recipe, tiny.adapter.num_classes),
+    )
+    exact = outputs[:]
+    with quantized(tiny.adapter, scales), torch.no_grad():
+        for arguments in inputs[:6]:
+            tiny.adapter.denoiser(*arguments)
+    for hook in hooks:
+        hook.remove()
+    slot = tiny.adapter.slots.index("blocks.1.attn")
+    full, newest = held.plan(bundle.manifest).full, 0
+    assert full.tolist() == [True, True, False, False, True, False]
+    for step in range(6):
+        if full[step]:
+            newest = step
+            wanted = float((outputs[6 + step] - exact[step]).square().mean())
+            assert held.noise[step, slot] == pytest.approx(wanted, rel=1e-4)
+        else:
+            wanted = float((exact[step] - exact[newest]).square().mean())
+            assert held.change[step, slot] == pytest.approx(wanted, rel=1e-4)
+
+
+def test_an_export_before_the_cache_is_calibrated_is_refused(
+    tiny: LoadedModel, tmp_path: Path
+) -> None:
+    """Nothing that was asked for is left out without a word."""
+    keys: dict[str, Any] = {"scheme": "none", "correction": "moment"}
+    bundle = Bundle.create(tmp_path / "b", describe(tiny, recipes.make(RECIPE | keys)))
+    with pytest.raises(BundleError, match=r"is not calibrated for its cache; run: ditcast calibr"):
+        to_onnx(bundle, tiny)
 
 
 def test_a_bundle_keeps_what_was_fitted(tiny: LoadedModel, tmp_path: Path) -> None:

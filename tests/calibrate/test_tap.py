@@ -87,6 +87,14 @@ def test_rows_are_those_of_steps_that_compute(
 ) -> None:
     """Under a cache the pool is that of full steps; bins of reuse steps have scales too."""
     seen = spied_rows(monkeypatch)
+    pools: list[Tensor] = []
+    select = tap.select
+
+    def watched(inputs: Tensor, steps: Tensor, count: int, *, seed: int) -> Tensor:
+        pools.append(inputs)
+        return select(inputs, steps, count, seed=seed)
+
+    monkeypatch.setattr(tap, "select", watched)
     keys: dict[str, Any] = {"method": "tfmq", "iterations": 1, "rows": 12, "cache": "fora"}
     keys |= {"selection": selection, "trajectories": trajectories}
     bundle = Bundle.create(tmp_path / "b", describe(tiny, recipes.make(RECIPE | keys)))
@@ -97,18 +105,26 @@ def test_rows_are_those_of_steps_that_compute(
     assert len(rows.sample) == len(rows.labels) == 12
     assert {*rows.timesteps.tolist()} <= {timesteps[i].item() for i in computed}
     assert torch.equal(rows.timesteps, rows.timesteps.sort(descending=True).values)
+    if selection == "tap":  # of the whole pool, which is 8 rows of each step
+        pool = torch.tensor(computed).repeat_interleave(8)
+        assert torch.equal(rows.sample, pools[0][select(pools[0], pool, 12, seed=0)])
     if selection == "uniform":
+        assert pools == []
         each = 12 // len(computed)
         assert rows.timesteps.tolist() == [
             timesteps[i].item() for i in computed for _ in range(each)
         ]
 
 
-def test_ranges_per_step_follow_a_cached_trajectory(tiny: LoadedModel, tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["absmax", "tfmq", "brecq"])
+def test_ranges_per_step_follow_a_cached_trajectory(
+    tiny: LoadedModel, tmp_path: Path, method: str
+) -> None:
     """A reuse step, which no layer runs in, has the range of the full step before it."""
     found = {}
     for trajectories in ("full", "cached"):
         keys: dict[str, Any] = {"fsc": "all", "cache": "fora", "trajectories": trajectories}
+        keys |= {"method": method, "iterations": 2, "rows": 24}
         path = tmp_path / trajectories
         bundle = Bundle.create(path, describe(tiny, recipes.make(RECIPE | keys)))
         calibrate(bundle, tiny)
@@ -118,6 +134,17 @@ def test_ranges_per_step_follow_a_cached_trajectory(tiny: LoadedModel, tmp_path:
     assert cached[4] == cached[3]
     assert len(set(cached.tolist())) == 4
     assert len(set(found["full"].tolist())) == 6
+
+
+def test_a_bin_that_no_row_is_of_has_a_scale(tiny: LoadedModel, tmp_path: Path) -> None:
+    """TAP draws two rows of six steps."""
+    keys: dict[str, Any] = {"fsc": "all", "method": "tfmq", "selection": "tap", "rows": 2}
+    keys |= {"iterations": 1}
+    bundle = Bundle.create(tmp_path / "b", describe(tiny, recipes.make(RECIPE | keys)))
+    calibrate(bundle, tiny)
+    scales = input_scales(bundle)
+    assert scales.shape == (6,)
+    assert 1 <= len(set(scales.tolist())) <= 2
 
 
 def input_scales(bundle: Bundle) -> Tensor:

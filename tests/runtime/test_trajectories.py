@@ -14,22 +14,16 @@ from diffusers.schedulers import scheduling_ddpm
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ditcast import recipe as recipes
 from ditcast.bundle import Bundle
 from ditcast.cache import StepPlan
-from ditcast.cache.fitted import of_target, save
 from ditcast.cache.plan import hold
-from ditcast.calibrate import calibrate, qparams, trajectory
-from ditcast.calibrate.cache import FILE
+from ditcast.calibrate import qparams, trajectory
 from ditcast.calibrate.simulate import quantized
-from ditcast.errors import ConfigError
-from ditcast.export import to_onnx
 from ditcast.models import LoadedModel
-from ditcast.models.base import describe
 from ditcast.runtime import Pipeline
 from ditcast.runtime.pipeline import Cache
 from ditcast.schedule import from_config
-from tests.conftest import RECIPE, make_bundle
+from tests.conftest import make_bundle
 
 LABELS = [4, 0, 4]
 SEED = 7
@@ -246,47 +240,6 @@ def test_the_graph_loop_carries_forecasts_from_segment_to_segment(
     simulated = by_torch(tiny, 12, pipeline.plan())
     assert largest(simulated, host) < LIMIT
     assert largest(pipeline.sample(LABELS, seed=SEED, cache="fora"), host) > LIMIT
-
-
-def test_both_loops_correct_samples(tiny: LoadedModel, tmp_path: Path) -> None:
-    """Bit-identical; full precision has no correction, and no other number of steps is taken."""
-    keys: dict[str, Any] = {"cache": "taylor", "correction": "moment", "interval": 3, "steps": 8}
-    bundle = make_bundle(tiny, tmp_path / "corrected", **keys)
-    pipeline = Pipeline(bundle)
-    fitted = pipeline.fitted
-    assert fitted.gain is not None
-    host = pipeline.sample(LABELS, seed=SEED)
-    np.testing.assert_array_equal(pipeline.sample(LABELS, seed=SEED, loop="graph"), host)
-    pipeline.fitted = fitted._replace(gain=None, offset=None)
-    assert largest(pipeline.sample(LABELS, seed=SEED), host) > LIMIT
-    exact = Pipeline(bundle, target="reference")
-    assert exact.fitted.gain is None
-    assert exact.sample(LABELS, seed=SEED, steps=4).shape == host.shape
-    with pytest.raises(ConfigError, match=r"of the bundle was calibrated for its 8 steps"):
-        pipeline.sample(LABELS, steps=4)
-    assert pipeline.sample(LABELS, seed=SEED, steps=4, cache="none").shape == host.shape
-
-
-def test_a_guarded_plan_is_what_both_loops_run(tiny: LoadedModel, tmp_path: Path) -> None:
-    """With tables that refuse every forecast, a bundle samples as plain reuse does."""
-    keys: dict[str, Any] = {"cache": "taylor", "interval": 3, "steps": 8}
-    bundle = Bundle.create(tmp_path / "guarded", describe(tiny, recipes.make(RECIPE | keys)))
-    calibrate(bundle, tiny)
-    held = of_target(bundle, "onnxruntime")
-    assert held.change is not None
-    save(held._replace(change=np.zeros_like(held.change)), bundle.staged(FILE))
-    assert bundle.manifest.cache is not None
-    section = bundle.manifest.cache.model_copy(update={"held_back": 16})
-    bundle.commit({"cache": section})
-    to_onnx(bundle, tiny)
-    guarded = Pipeline(bundle)
-    host = guarded.sample(LABELS, seed=SEED)
-    np.testing.assert_array_equal(guarded.sample(LABELS, seed=SEED, loop="graph"), host)
-    plain = Planned(bundle)
-    plain.by_hand = hold(guarded.plan().full, 4)
-    assert largest(plain.sample(LABELS, seed=SEED), host) < LIMIT
-    with pytest.raises(ConfigError, match=r"its 8 steps; compile one with --steps 4"):
-        guarded.sample(LABELS, steps=4)
 
 
 def test_torch_follows_a_plan_too(tiny: LoadedModel, shared_bundle: Bundle) -> None:

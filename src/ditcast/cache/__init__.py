@@ -19,12 +19,14 @@ def make_plan(policy: str, *, steps: int, interval: int, slots: int, order: int 
     """The step plan of a policy for a trajectory of `steps` steps and a model with `slots` slots.
 
     Raises:
-        ConfigError: no such policy, or an interval longer than the trajectory.
+        ConfigError: no such policy, or an interval below 1 or longer than the trajectory.
     """
     if policy not in POLICIES:
         raise ConfigError(
             f"cache: unknown policy {policy!r}; expected one of {', '.join(POLICIES)}"
         )
+    if interval < 1:
+        raise ConfigError(f"interval: got {interval}, expected at least 1")
     if policy != "none" and interval > steps:
         raise ConfigError(
             f"interval: got {interval}, expected at most the number of steps ({steps}); "
@@ -39,7 +41,7 @@ def idle(policy: str, plan: StepPlan) -> str | None:
         return None
     return (
         f"cache {policy} never reuses: all {len(plan.full)} steps are full; "
-        "raise --interval, or use --cache none"
+        "take a longer interval or more steps, or cache none"
     )
 
 

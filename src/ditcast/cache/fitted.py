@@ -45,6 +45,19 @@ class Fitted(NamedTuple):
         return guarded(found, self.noise, self.change)
 
 
+def guarding(manifest: Manifest) -> bool:
+    """Whether a bundle's plan has forecasts of quantized outputs, and the guard is on."""
+    plan = Fitted().plan(manifest)
+    forecasts = plan.history > 1 and not plan.full.all()
+    return forecasts and manifest.recipe.guard == "on" and manifest.quantization is not None
+
+
+def missing(manifest: Manifest) -> bool:
+    """Whether the recipe asks for something that has not been fitted."""
+    section, needed = manifest.cache, guarding(manifest) or manifest.recipe.correction != "none"
+    return needed and (section is None or section.made_from != manifest.fingerprint())
+
+
 def save(fitted: Fitted, path: Path) -> None:
     """Write as safetensors."""
     found = {name: table for name, table in fitted._asdict().items() if table is not None}

@@ -17,8 +17,9 @@ def guarded(plan: StepPlan, noise: NDArray[np.float32], change: NDArray[np.float
 
     Both tables are (T, slots), mean squares over a slot's output: `noise` of what quantization
     does to it at a full step, `change` from the newest full step to a reuse step. A forecast
-    `sum_i w_i Y_i` carries the noise `sum_i w_i^2 noise_i`; it is kept where that stays below
-    half of the change that it is there to predict.
+    `sum_i w_i Y_i` carries the noise `sum_i w_i^2 noise_i`, if it is independent from step to step
+    (where rounded weights make the same error at every step, that is too much); it is kept where
+    this stays below half of the change that it is there to predict.
     """
     weights, hold = plan.weights.copy(), np.zeros(plan.history, np.float32)
     hold[0] = 1
