@@ -31,14 +31,16 @@ def fit(bundle: Bundle, model: LoadedModel) -> None:
         scales = qparams.load(bundle.file(quantization.file))
     found = Fitted()
     if fitted.guarding(manifest):
-        say("cache: measuring quantization noise and true change of every slot")
+        say("cache: measuring what forecasts of quantized outputs are worth")
         found = Fitted(*noise.measure(model, recipe, scales, plan))
     safe = found.plan(manifest)
     if recipe.correction != "none":
         gain, offset = correction.fit(model, recipe, scales, safe)
         found = found._replace(gain=gain, offset=offset)
     fitted.save(found, bundle.staged(FILE))
-    forecasts = int((~plan.full).sum()) * len(model.adapter.slots) if found.noise is not None else 0
+    forecasts = (
+        int((~plan.full).sum()) * len(model.adapter.slots) if found.forecast is not None else 0
+    )
     section = CacheFit(
         made_from=manifest.fingerprint(),
         file=FILE,

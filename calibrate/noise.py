@@ -1,4 +1,4 @@
-"""What the noise guard decides on: quantization noise and true change of every slot's output."""
+"""What the noise guard decides on: the errors of a forecast and of plain reuse, of every slot."""
 
 from __future__ import annotations
 
@@ -19,58 +19,69 @@ from ditcast.models import Adapter, LoadedModel
 from ditcast.recipe import Recipe
 from ditcast.schedule import from_config
 
-BYTES = 1 << 31  # of the outputs of full precision that are held for comparison
+BYTES = 1 << 31  # of the quantized network's outputs that are held for comparison
 IMAGES = 16  # at most
+
+Outputs = list[Tensor]  # of every slot, before its gate
 
 
 @torch.no_grad()
 def measure(
     model: LoadedModel, recipe: Recipe, qparams: QParams, plan: StepPlan
 ) -> tuple[Table, Table]:
-    """Noise and change, (T, slots) each, along trajectories of full precision.
+    """Mean squared errors of every slot at reuse steps, (T, slots): forecast, and plain reuse.
 
-    Noise is the mean square of what the quantized network's slot outputs differ by on the same
-    samples, at full steps. Change is that from the newest full step to each reuse step.
+    Both are made of the quantized network's outputs at full steps, and compared with what full
+    precision computes; along trajectories of full precision.
     """
-    adapter, steps = model.adapter, recipe.steps
+    adapter = model.adapter
     count = min(recipe.samples, IMAGES, _affordable(adapter, plan))
-    noise = np.zeros((steps, len(adapter.slots)), np.float32)
-    change = np.zeros_like(noise)
-    kept: dict[int, list[Tensor]] = {}
-    inputs: dict[int, Tensor] = {}
-    newest = 0
-
-    def after(step: int) -> None:
-        nonlocal newest
-        if plan.full[step]:
-            newest, kept[step] = step, list(outputs)
-        else:
-            change[step] = _mean_squares(outputs, kept[newest])
-        inputs[step] = samples[0]
-
     labels = draw_labels(recipe, adapter.num_classes)[:count]
-    with _slots(adapter) as (samples, outputs):
-        sample(
-            adapter,
-            from_config(model.scheduler),
-            sampler=recipe.sampler,
-            steps=steps,
-            guidance=recipe.guidance,
-            seed=recipe.seed,
-            indices=range(count),
-            labels=labels,
-            callback=after,
-        )
+    samples = _samples(model, recipe, labels)
     rows = labels + [adapter.num_classes] * (count if recipe.guidance > 1 else 0)
     unique, inverse = torch.unique(torch.tensor(rows), return_inverse=True)
-    timesteps = torch.from_numpy(from_config(model.scheduler).timesteps(steps)).float()
-    with quantized(adapter, qparams), _slots(adapter) as (_, outputs):
-        for step, wanted in kept.items():
-            features = adapter.temporal(timesteps[step : step + 1], unique)[0][inverse]
-            nothing = torch.zeros(0, *features.shape), torch.zeros(0, len(adapter.slots))
-            adapter.denoiser(inputs[step], features, *nothing)
-            noise[step] = _mean_squares(outputs, wanted)
-    return noise, change
+    timesteps = torch.from_numpy(from_config(model.scheduler).timesteps(recipe.steps)).float()
+
+    def outputs_of(step: int) -> Outputs:
+        features = adapter.temporal(timesteps[step : step + 1], unique)[0][inverse]
+        nothing = torch.zeros(0, *features.shape), torch.zeros(0, len(adapter.slots))
+        with _slots(adapter) as outputs:
+            adapter.denoiser(samples[step], features, *nothing)
+        return outputs
+
+    with quantized(adapter, qparams):
+        known = {int(step): outputs_of(int(step)) for step in np.flatnonzero(plan.full)}
+    forecast = np.zeros((recipe.steps, len(adapter.slots)), np.float32)
+    reuse, hold = np.zeros_like(forecast), np.eye(plan.history, dtype=np.float32)[0]
+    for step in np.flatnonzero(~plan.full).tolist():
+        read = [known[t] for t in range(step - 1, -1, -1) if t in known][: plan.history]
+        for slot, wanted in enumerate(outputs_of(step)):
+            sources = torch.stack([outputs[slot] for outputs in read])
+            weights = plan.weights[step, :, slot]
+            forecast[step, slot] = _error(weights, sources, wanted)
+            reuse[step, slot] = _error(hold, sources, wanted)
+    return forecast, reuse
+
+
+def _samples(model: LoadedModel, recipe: Recipe, labels: list[int]) -> list[Tensor]:
+    """What the network is given at every step of full precision: (N, C, H, W) each."""
+    found: list[Tensor] = []
+    hook = model.adapter.denoiser.register_forward_pre_hook(
+        lambda module, args: found.append(args[0])
+    )
+    with contextlib.ExitStack() as stack:
+        stack.callback(hook.remove)
+        sample(
+            model.adapter,
+            from_config(model.scheduler),
+            sampler=recipe.sampler,
+            steps=recipe.steps,
+            guidance=recipe.guidance,
+            seed=recipe.seed,
+            indices=range(len(labels)),
+            labels=labels,
+        )
+    return found
 
 
 def _affordable(adapter: Adapter, plan: StepPlan) -> int:
@@ -79,31 +90,25 @@ def _affordable(adapter: Adapter, plan: StepPlan) -> int:
     return max(1, BYTES // (image * plan.full_steps))
 
 
-def _mean_squares(found: list[Tensor], wanted: list[Tensor]) -> list[float]:
-    return [float((a - b).square().mean()) for a, b in zip(found, wanted, strict=True)]
+def _error(weights: Table, sources: Tensor, wanted: Tensor) -> float:
+    """Of the weighted sum of a slot's outputs, newest first."""
+    used = torch.from_numpy(weights[: len(sources)])
+    return float((torch.tensordot(used, sources, dims=1) - wanted).square().mean())
 
 
 @contextlib.contextmanager
-def _slots(adapter: Adapter) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
-    """While active, the sample and the output of every slot of the newest full step."""
-    samples = [torch.zeros(0)]
-    outputs = [torch.zeros(0)] * len(adapter.slots)
+def _slots(adapter: Adapter) -> Iterator[Outputs]:
+    """While active, the output of every slot of a full step."""
+    outputs: Outputs = []
 
-    def keep_sample(module: torch.nn.Module, args: tuple[Tensor, ...]) -> None:
-        del module
-        samples[0] = args[0]
+    def keep(module: torch.nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        del module, args
+        outputs.append(output)
 
-    def keeper(slot: int) -> torch.utils.hooks.RemovableHandle:
-        def keep(module: torch.nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            del module, args
-            outputs[slot] = output
-
-        return adapter.denoiser.get_submodule(adapter.slots[slot]).register_forward_hook(keep)
-
-    hooks = [keeper(slot) for slot in range(len(adapter.slots))]
-    hooks.append(adapter.denoiser.register_forward_pre_hook(keep_sample))
+    modules = [adapter.denoiser.get_submodule(name) for name in adapter.slots]
+    hooks = [module.register_forward_hook(keep) for module in modules]
     try:
-        yield samples, outputs
+        yield outputs
     finally:
         for hook in hooks:
             hook.remove()

@@ -97,11 +97,11 @@ class Recipe(BaseModel):
     trajectories: Literal["full", "cached"] = Field(
         "full", description="sampler that calibration follows: all steps full, or the cache's plan"
     )
-    cache: Literal["none", "fora", "taylor"] = Field("fora", description="cache policy")
-    interval: int = Field(3, ge=1, description="steps from one full step to the next")
+    cache: Literal["none", "fora", "taylor"] = Field("taylor", description="cache policy")
+    interval: int = Field(4, ge=1, description="steps from one full step to the next")
     order: int = Field(1, ge=0, le=4, description="order of the forecast (--cache taylor)")
     guard: Literal["on", "off"] = Field(
-        "on", description="plain reuse where quantization noise outweighs a forecast"
+        "on", description="plain reuse where it is closer than a forecast of quantized outputs"
     )
     correction: Literal["none", "exact", "moment", "printed"] = Field(
         "none", description="variance correction (VC) of quantized and cached samples"

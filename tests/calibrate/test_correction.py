@@ -14,6 +14,7 @@ from torch import Tensor
 from ditcast import recipe as recipes
 from ditcast.bundle import Bundle
 from ditcast.cache import StepPlan, fitted, make_plan
+from ditcast.cache.fitted import Fitted
 from ditcast.calibrate import calibrate, correction, qparams
 from ditcast.calibrate.collect import draw_labels
 from ditcast.calibrate.correction import GAINS, GUARD, LIMITS, exact, moment, printed
@@ -200,15 +201,15 @@ def test_a_corrected_chain_has_the_deviations_of_the_reference(
     assert any((a.std() - b.std()).abs() > 1e-4 for a, b in zip(before, wanted, strict=True))
 
 
-def test_noise_and_change_are_those_of_slot_outputs(tiny: LoadedModel, tmp_path: Path) -> None:
+def test_errors_are_those_of_slot_outputs(tiny: LoadedModel, tmp_path: Path) -> None:
     """By brute force: one slot's outputs, kept at every step of full precision and quantized."""
     keys: dict[str, Any] = {"cache": "taylor", "interval": 3, "steps": 6, "samples": 2}
     recipe = recipes.make(RECIPE | keys)
     bundle = Bundle.create(tmp_path / "b", describe(tiny, recipe))
     calibrate(bundle, tiny)
     held = fitted.of_target(bundle, "onnxruntime")
-    assert held.noise is not None
-    assert held.change is not None
+    assert held.forecast is not None
+    assert held.reuse is not None
     assert bundle.manifest.quantization is not None
     scales = qparams.load(bundle.file(bundle.manifest.quantization.file))
     outputs: list[Tensor] = []
@@ -230,23 +231,23 @@ def test_noise_and_change_are_those_of_slot_outputs(tiny: LoadedModel, tmp_path:
         indices=range(2),
         labels=draw_labels(recipe, tiny.adapter.num_classes),
     )
-    exact = outputs[:]
     with quantized(tiny.adapter, scales), torch.no_grad():
         for arguments in inputs[:6]:
             tiny.adapter.denoiser(*arguments)
     for hook in hooks:
         hook.remove()
+    exact, rounded = outputs[:6], outputs[6:]
     slot = tiny.adapter.slots.index("blocks.1.attn")
-    full, newest = held.plan(bundle.manifest).full, 0
-    assert full.tolist() == [True, True, False, False, True, False]
-    for step in range(6):
-        if full[step]:
-            newest = step
-            wanted = float((outputs[6 + step] - exact[step]).square().mean())
-            assert held.noise[step, slot] == pytest.approx(wanted, rel=1e-4)
-        else:
-            wanted = float((exact[step] - exact[newest]).square().mean())
-            assert held.change[step, slot] == pytest.approx(wanted, rel=1e-4)
+    plan = Fitted().plan(bundle.manifest)
+    assert plan.full.tolist() == [True, True, False, False, True, False]
+    for step, newest, before in ((2, 1, 0), (3, 1, 0), (5, 4, 1)):
+        first, second = plan.weights[step, :, slot].tolist()
+        found = first * rounded[newest] + second * rounded[before]
+        for table, guess in ((held.forecast, found), (held.reuse, rounded[newest])):
+            wanted = float((guess - exact[step]).square().mean())
+            assert table[step, slot] == pytest.approx(wanted, rel=1e-3)
+    assert (held.forecast[plan.full] == 0).all()
+    assert (held.reuse[plan.full] == 0).all()
 
 
 def test_an_export_before_the_cache_is_calibrated_is_refused(
@@ -269,15 +270,11 @@ def test_a_bundle_keeps_what_was_fitted(tiny: LoadedModel, tmp_path: Path) -> No
     assert section.corrected
     assert section.forecasts == 4 * 4  # steps 2, 3, 5, 6
     found = fitted.of_target(bundle, "onnxruntime")
-    assert found.noise is not None
-    assert found.change is not None
+    assert found.forecast is not None
+    assert found.reuse is not None
     assert found.gain is not None
-    plan = found.plan(bundle.manifest)
-    assert found.noise.shape == found.change.shape == (8, 4)
-    assert (found.noise[plan.full] > 0).all()
-    assert (found.noise[~plan.full] == 0).all()
-    assert (found.change[~plan.full] > 0).all()
-    assert fitted.of_target(bundle, "reference") == fitted.Fitted()
+    assert found.forecast.shape == found.reuse.shape == (8, 4)
+    assert fitted.of_target(bundle, "reference") == Fitted()
     before = bundle.manifest.digest
     calibrate(bundle, tiny)
     assert bundle.manifest.digest == before
@@ -294,20 +291,17 @@ def test_nothing_is_fitted_where_nothing_is_asked_for(
     assert bundle.manifest.cache is None
 
 
-def test_coarser_codes_are_noisier(tiny: LoadedModel, tmp_path: Path) -> None:
-    """W4A8 against W8A8, in every slot; the change of full precision is the same."""
-    tables = []
+def test_coarser_codes_make_larger_errors(tiny: LoadedModel, tmp_path: Path) -> None:
+    """W4A8 against W8A8, of forecasts in all slots together."""
+    errors = []
     for scheme in ("w8a8", "w4a8"):
         keys = {"cache": "taylor", "scheme": scheme}
         bundle = Bundle.create(tmp_path / scheme, describe(tiny, recipes.make(RECIPE | keys)))
         calibrate(bundle, tiny)
-        tables.append(fitted.of_target(bundle, "onnxruntime"))
-    fine, coarse = tables
-    assert fine.noise is not None
-    assert coarse.noise is not None
-    used = fine.noise > 0
-    assert (coarse.noise[used] > 4 * fine.noise[used]).all()
-    np.testing.assert_array_equal(fine.change, coarse.change)
+        found = fitted.of_target(bundle, "onnxruntime").forecast
+        assert found is not None
+        errors.append(float(found.sum()))
+    assert errors[1] > errors[0]
 
 
 def test_a_correction_of_nothing_is_refused() -> None:

@@ -50,8 +50,8 @@ def test_a_guarded_plan_is_what_both_loops_run(tiny: LoadedModel, tmp_path: Path
     bundle = Bundle.create(tmp_path / "guarded", describe(tiny, recipes.make(RECIPE | keys)))
     calibrate(bundle, tiny)
     held = of_target(bundle, "onnxruntime")
-    assert held.change is not None
-    save(held._replace(change=np.zeros_like(held.change)), bundle.staged(FILE))
+    assert held.reuse is not None
+    save(held._replace(reuse=np.full_like(held.reuse, -1)), bundle.staged(FILE))
     assert bundle.manifest.cache is not None
     section = bundle.manifest.cache.model_copy(update={"held_back": 16})
     bundle.commit({"cache": section})

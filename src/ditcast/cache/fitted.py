@@ -21,12 +21,12 @@ Table = NDArray[np.float32]
 class Fitted(NamedTuple):
     """Tables over the T steps of one plan; None where there is nothing of the kind.
 
-    `noise` and `change` (T, slots) are what the noise guard decides on. `gain` and `offset`
+    `forecast` and `reuse` (T, slots) are the errors that the noise guard decides on. `gain` and `offset`
     (T, C) correct the sample after each step: `x * gain + offset` per channel.
     """
 
-    noise: Table | None = None
-    change: Table | None = None
+    forecast: Table | None = None
+    reuse: Table | None = None
     gain: Table | None = None
     offset: Table | None = None
 
@@ -40,9 +40,9 @@ class Fitted(NamedTuple):
             order=recipe.order,
             slots=len(manifest.model.slots),
         )
-        if self.noise is None or self.change is None:
+        if self.forecast is None or self.reuse is None:
             return found
-        return guarded(found, self.noise, self.change)
+        return guarded(found, self.forecast, self.reuse)
 
 
 def guarding(manifest: Manifest) -> bool:
