@@ -29,6 +29,7 @@ def run(*arguments: object) -> subprocess.CompletedProcess[str]:
 def taylor_bundle(tiny: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """W4A8 with a corrected and guarded plan."""
     keys: dict[str, Any] = {"scheme": "w4a8", "cache": "taylor", "correction": "moment"}
+    keys["guard"] = "on"
     path = tmp_path_factory.mktemp("cache_table") / "w4a8.bundle"
     return make_bundle(tiny, path, **keys)
 

@@ -101,7 +101,7 @@ class Recipe(BaseModel):
     interval: int = Field(4, ge=1, description="steps from one full step to the next")
     order: int = Field(1, ge=0, le=4, description="order of the forecast (--cache taylor)")
     guard: Literal["on", "off"] = Field(
-        "on", description="plain reuse where it is closer than a forecast of quantized outputs"
+        "off", description="plain reuse where it is closer than a forecast of quantized outputs"
     )
     correction: Literal["none", "exact", "moment", "printed"] = Field(
         "none", description="variance correction (VC) of quantized and cached samples"

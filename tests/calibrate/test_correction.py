@@ -204,6 +204,7 @@ def test_a_corrected_chain_has_the_deviations_of_the_reference(
 def test_errors_are_those_of_slot_outputs(tiny: LoadedModel, tmp_path: Path) -> None:
     """By brute force: one slot's outputs, kept at every step of full precision and quantized."""
     keys: dict[str, Any] = {"cache": "taylor", "interval": 3, "steps": 6, "samples": 2}
+    keys["guard"] = "on"
     recipe = recipes.make(RECIPE | keys)
     bundle = Bundle.create(tmp_path / "b", describe(tiny, recipe))
     calibrate(bundle, tiny)
@@ -263,6 +264,7 @@ def test_an_export_before_the_cache_is_calibrated_is_refused(
 def test_a_bundle_keeps_what_was_fitted(tiny: LoadedModel, tmp_path: Path) -> None:
     """Both tables of the guard and both of the correction; a second run does nothing."""
     keys = {"cache": "taylor", "steps": 8, "interval": 3, "correction": "moment", "scheme": "w4a8"}
+    keys["guard"] = "on"
     bundle = Bundle.create(tmp_path / "b", describe(tiny, recipes.make(RECIPE | keys)))
     calibrate(bundle, tiny)
     section = bundle.manifest.cache
@@ -285,7 +287,7 @@ def test_nothing_is_fitted_where_nothing_is_asked_for(
     tiny: LoadedModel, tmp_path: Path, keys: dict[str, str]
 ) -> None:
     """Plain reuse, no guard, or no quantization."""
-    values = RECIPE | {"cache": "taylor"} | keys
+    values = RECIPE | {"cache": "taylor", "guard": "on"} | keys
     bundle = Bundle.create(tmp_path / "b", describe(tiny, recipes.make(values)))
     calibrate(bundle, tiny)
     assert bundle.manifest.cache is None
@@ -295,7 +297,7 @@ def test_coarser_codes_make_larger_errors(tiny: LoadedModel, tmp_path: Path) -> 
     """W4A8 against W8A8, of forecasts in all slots together."""
     errors = []
     for scheme in ("w8a8", "w4a8"):
-        keys = {"cache": "taylor", "scheme": scheme}
+        keys = {"cache": "taylor", "scheme": scheme, "guard": "on"}
         bundle = Bundle.create(tmp_path / scheme, describe(tiny, recipes.make(RECIPE | keys)))
         calibrate(bundle, tiny)
         found = fitted.of_target(bundle, "onnxruntime").forecast

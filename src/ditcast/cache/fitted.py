@@ -21,8 +21,8 @@ Table = NDArray[np.float32]
 class Fitted(NamedTuple):
     """Tables over the T steps of one plan; None where there is nothing of the kind.
 
-    `forecast` and `reuse` (T, slots) are the errors that the noise guard decides on. `gain` and `offset`
-    (T, C) correct the sample after each step: `x * gain + offset` per channel.
+    `forecast` and `reuse` (T, slots) are the errors that the noise guard decides on. `gain` and
+    `offset` (T, C) correct the sample after each step: `x * gain + offset` per channel.
     """
 
     forecast: Table | None = None
