@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from ditcast.bundle import Bundle
 from ditcast.cache import fitted
-from ditcast.cache.fitted import Fitted
+from ditcast.cache.fitted import Fitted, recipe_plan
 from ditcast.cache.guard import held_back
 from ditcast.calibrate import correction, noise, qparams
-from ditcast.calibrate.qparams import QParams
 from ditcast.manifest import CacheFit
 from ditcast.models import LoadedModel
 from ditcast.progress import say
@@ -21,15 +20,11 @@ def fit(bundle: Bundle, model: LoadedModel) -> None:
     Does nothing where it is there, or where there is nothing to fit.
     """
     manifest = bundle.manifest
-    recipe, quantization = manifest.recipe, manifest.quantization
+    recipe = manifest.recipe
     if not fitted.missing(manifest):
         return
-    plan = Fitted().plan(manifest)
-    scales = QParams()
-    if quantization is not None:
-        bundle.check(quantization.file)
-        scales = qparams.load(bundle.file(quantization.file))
-    found = Fitted()
+    plan = recipe_plan(manifest)
+    scales, found = qparams.of_bundle(bundle), Fitted()
     if fitted.guarding(manifest):
         say("cache: measuring what forecasts of quantized outputs are worth")
         found = Fitted(*noise.measure(model, recipe, scales, plan))

@@ -14,14 +14,13 @@ from torch import Tensor, nn
 from ditcast import tensors
 from ditcast.bundle import Bundle
 from ditcast.cache import StepPlan, make_plan
-from ditcast.cache.fitted import Fitted
+from ditcast.cache.fitted import recipe_plan
 from ditcast.calibrate.ranges import Observer, State
-from ditcast.calibrate.trajectory import sample
+from ditcast.calibrate.trajectory import follow
 from ditcast.errors import BundleError, ConfigError
 from ditcast.models import LoadedModel
 from ditcast.progress import counting, say
 from ditcast.recipe import Recipe
-from ditcast.schedule import from_config
 
 
 class Watch(NamedTuple):
@@ -65,23 +64,12 @@ def collect(bundle: Bundle, model: LoadedModel, name: str, watches: Sequence[Wat
     batches = range(done, recipe.samples, recipe.batch)
     if done:
         say(f"calibrating: resuming after {done} of {recipe.samples} trajectories")
-    schedule = from_config(model.scheduler)
     with counting("calibrating", len(batches) * recipe.steps) as advance:
         for first in batches:
             last = min(first + recipe.batch, recipe.samples)
             with _watching(watches, states, advance) as callback:
-                sample(
-                    model.adapter,
-                    schedule,
-                    sampler=recipe.sampler,
-                    steps=recipe.steps,
-                    guidance=recipe.guidance,
-                    seed=recipe.seed,
-                    indices=range(first, last),
-                    labels=labels[first:last],
-                    plan=plan,
-                    callback=callback,
-                )
+                indices = range(first, last)
+                follow(model, recipe, indices, labels[first:last], plan=plan, callback=callback)
             for watch in watches:
                 states[watch.name] = [
                     watch.observer.end_batch(s) if s else s for s in states[watch.name]
@@ -97,7 +85,7 @@ def followed(bundle: Bundle) -> StepPlan:
     """The plan of calibration trajectories: all steps full, or the cache's without its guard."""
     manifest = bundle.manifest
     if manifest.recipe.trajectories == "cached":
-        return Fitted().plan(manifest)
+        return recipe_plan(manifest)
     return make_plan(
         "none", steps=manifest.recipe.steps, interval=1, slots=len(manifest.model.slots)
     )

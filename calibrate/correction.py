@@ -17,13 +17,12 @@ from ditcast.cache.fitted import Table
 from ditcast.calibrate.collect import check_finite, draw_labels
 from ditcast.calibrate.qparams import QParams
 from ditcast.calibrate.simulate import quantized
-from ditcast.calibrate.trajectory import sample
+from ditcast.calibrate.trajectory import follow
 from ditcast.errors import ConfigError
 from ditcast.models import LoadedModel
 from ditcast.progress import counting, say
 from ditcast.recipe import Recipe
 from ditcast.sampling import correct
-from ditcast.schedule import from_config
 
 GUARD = 0.3  # of the deviation of the reference: the least magnitude that is divided by
 IMAGES = 64  # at most: they are sampled in one batch
@@ -102,24 +101,11 @@ def fit(
         corrected: Tensor = correct(x, gains[-1], offsets[-1])
         return corrected
 
-    def run(plan: StepPlan | None, correct: Callable[[int, Tensor], Tensor]) -> None:
-        sample(
-            adapter,
-            from_config(model.scheduler),
-            sampler=recipe.sampler,
-            steps=recipe.steps,
-            guidance=recipe.guidance,
-            seed=recipe.seed,
-            indices=range(count),
-            labels=draw_labels(recipe, adapter.num_classes)[:count],
-            plan=plan,
-            correct=correct,
-        )
-
+    labels = draw_labels(recipe, adapter.num_classes)[:count]
     with counting("fitting the correction", 2 * recipe.steps) as advance:
-        run(None, remember)
+        follow(model, recipe, range(count), labels, correct=remember)
         with quantized(adapter, qparams):
-            run(plan, learn)
+            follow(model, recipe, range(count), labels, plan=plan, correct=learn)
     return torch.stack(gains).numpy(), torch.stack(offsets).numpy()
 
 

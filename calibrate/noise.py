@@ -14,7 +14,7 @@ from ditcast.cache.fitted import Table
 from ditcast.calibrate.collect import draw_labels
 from ditcast.calibrate.qparams import QParams
 from ditcast.calibrate.simulate import quantized
-from ditcast.calibrate.trajectory import sample
+from ditcast.calibrate.trajectory import follow
 from ditcast.models import Adapter, LoadedModel
 from ditcast.recipe import Recipe
 from ditcast.schedule import from_config
@@ -71,16 +71,7 @@ def _samples(model: LoadedModel, recipe: Recipe, labels: list[int]) -> list[Tens
     )
     with contextlib.ExitStack() as stack:
         stack.callback(hook.remove)
-        sample(
-            model.adapter,
-            from_config(model.scheduler),
-            sampler=recipe.sampler,
-            steps=recipe.steps,
-            guidance=recipe.guidance,
-            seed=recipe.seed,
-            indices=range(len(labels)),
-            labels=labels,
-        )
+        follow(model, recipe, range(len(labels)), labels)
     return found
 
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ditcast import tensors
+from ditcast.bundle import Bundle
 from ditcast.calibrate.codes import weight_codes
 from ditcast.errors import ConfigError
 from ditcast.recipe import Bits, Rule
@@ -169,6 +170,19 @@ def load(path: Path) -> QParams:
         else None,
         stored=StoredFeatures(**stored) if stored["codes"] is not None else None,  # type: ignore[arg-type]
     )
+
+
+def of_bundle(bundle: Bundle) -> QParams:
+    """What a calibrated bundle holds; nothing where it was not quantized.
+
+    Raises:
+        BundleError: the file is damaged.
+    """
+    section = bundle.manifest.quantization
+    if section is None:
+        return QParams()
+    bundle.check(section.file)
+    return load(bundle.file(section.file))
 
 
 def _layer(found: dict[str, Tensor], prefix: str) -> LayerScales:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ditcast.cache import StepPlan, make_plan
-from ditcast.models import Adapter
+from ditcast.models import Adapter, LoadedModel
+from ditcast.recipe import Recipe
 from ditcast.sampling import (
     Coefficients,
     coefficients,
@@ -18,7 +20,24 @@ from ditcast.sampling import (
     needs_noise,
     update,
 )
-from ditcast.schedule import NoiseSchedule
+from ditcast.schedule import NoiseSchedule, from_config
+
+
+def follow(
+    model: LoadedModel, recipe: Recipe, indices: range, labels: Sequence[int], **options: Any
+) -> Tensor:
+    """Calibration trajectories `indices` of a recipe, with their labels; `options` of `sample`."""
+    return sample(
+        model.adapter,
+        from_config(model.scheduler),
+        sampler=recipe.sampler,
+        steps=recipe.steps,
+        guidance=recipe.guidance,
+        seed=recipe.seed,
+        indices=indices,
+        labels=labels,
+        **options,
+    )
 
 
 @torch.no_grad()

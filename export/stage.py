@@ -17,9 +17,8 @@ from torch.export import Dim
 from ditcast import tensors
 from ditcast.bundle import Bundle
 from ditcast.cache import StepPlan
-from ditcast.cache.fitted import Fitted, missing, of_target
-from ditcast.calibrate.qparams import QParams
-from ditcast.calibrate.qparams import load as load_qparams
+from ditcast.cache.fitted import Fitted, missing, of_target, recipe_plan
+from ditcast.calibrate.qparams import QParams, of_bundle
 from ditcast.calibrate.simulate import Simulation, quantized
 from ditcast.calibrate.trajectory import sample
 from ditcast.errors import BundleError, ConfigError
@@ -136,6 +135,7 @@ def _export(
         for target in targets:
             say(f"exporting: writing target {target} and comparing it with torch")
             folder = bundle.staged(f"graphs/{target}/{WEIGHTS}").parent
+            fitted = of_target(bundle, target)
             _write_target(
                 bundle,
                 adapter,
@@ -144,12 +144,12 @@ def _export(
                 traced=traced,
                 qparams=qparams,
                 linears=simulation.linears,
+                fitted=fitted,
             )
-            reference = probes
+            measured = probes
             if TARGETS[target].loop:
-                fitted = of_target(bundle, target)
-                reference = probes | {"sampler": _loop_probe(bundle, adapter, fitted)}
-            parities, output = _compare(adapter, folder, reference, simulation)
+                measured = probes | {"sampler": _loop_probe(bundle, adapter, fitted)}
+            parities, output = _compare(adapter, folder, measured, simulation)
             feeds = probes["full"].feeds
             golden |= {f"{target}.input.{k}": feed.numpy() for k, feed in feeds.items()}
             golden[f"{target}.output"] = output
@@ -222,6 +222,7 @@ def _write_target(
     traced: dict[str, gs.Graph],
     qparams: QParams,
     linears: dict[str, nn.Linear],
+    fitted: Fitted,
 ) -> None:
     """All graphs of one target over one weights file, and a short graph loop for parity."""
     group = bundle.manifest.recipe.group
@@ -237,7 +238,6 @@ def _write_target(
             name: onnx.load(folder / f"{name}.onnx", load_external_data=False)
             for name in STEP_GRAPHS
         }
-        fitted = of_target(bundle, target)
         loops = (("sampler", bundle.manifest.recipe.steps), (SHORT, _short_steps(bundle)))
         for name, steps in loops if TARGETS[target].loop else ():
             spec = _loop_spec(bundle, adapter, parts, fitted, steps)
@@ -281,7 +281,7 @@ def _loop_spec(
 
 def _short_steps(bundle: Bundle) -> int:
     """Up to the first reuse step, if there is one; at least two, where there are as many."""
-    plan = Fitted().plan(bundle.manifest)
+    plan = recipe_plan(bundle.manifest)
     first = 1 if plan.full.all() else int(np.argmin(plan.full))
     return min(max(first, 1) + 1, len(plan.full))
 
@@ -366,14 +366,12 @@ def _qparams(bundle: Bundle, model: LoadedModel) -> QParams:
                 f"export: the scales in {bundle.path} are of another recipe; "
                 f"compile the bundle again"
             )
-        bundle.check(quantization.file)
-        return load_qparams(bundle.file(quantization.file))
-    if any(rule.precision != FLOAT for rule in bundle.manifest.recipe.layer_rules()):
+    elif any(rule.precision != FLOAT for rule in bundle.manifest.recipe.layer_rules()):
         raise BundleError(
             f"export: {bundle.path} is not calibrated; "
             f"run: ditcast calibrate {model.source} -o {bundle.path}"
         )
-    return QParams()
+    return of_bundle(bundle)
 
 
 def _check_disk(bundle: Bundle, model: LoadedModel, targets: int) -> None:

@@ -9,10 +9,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from ditcast.bundle import Bundle
 from ditcast.models import LoadedModel
+from ditcast.schedule import SPACINGS
 from tests.conftest import make_bundle
 
 EIGHT, FOUR = "w8a8 absmax fp", "w4a8 absmax fp"
@@ -66,7 +68,27 @@ def test_every_point_has_speed_and_fidelity(
     assert rows[9]["spacing"] is not None
     assert rows[1]["psnr_db"] != rows[2]["psnr_db"]
     assert "fewer steps" in done.stdout
-    assert "plotly" in (tmp_path / "cache.html").read_text()
+    page = (tmp_path / "cache.html").read_text()
+    assert all(f"{row['precision']}, {row['policy']}" in page for row in rows[1:])
+
+
+def test_fewer_steps_get_their_best_spacing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever it is, of images of which one spacing's are those that are wanted."""
+    monkeypatch.syspath_prepend(str(TOOLS))
+    table = importlib.import_module("cache_table")
+    wanted = np.zeros((1, 3, 4, 4), np.float32)
+    for best in SPACINGS:
+
+        class Fake:
+            spacing: str | None = None
+
+            def sample(self, labels: list[int], first: int, best: str = best) -> Any:
+                del labels, first
+                return wanted if self.spacing == best else wanted + 0.5
+
+        point = Fake()
+        table.choose_spacing(point, [0], wanted)
+        assert point.spacing == best
 
 
 def entry(precision: str, policy: str, value: float, interval: int = 4) -> dict[str, Any]:

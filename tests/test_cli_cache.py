@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
+from ditcast import recipe as recipes
 from ditcast.bundle import Bundle
-from tests.conftest import Cli
+from ditcast.calibrate import calibrate
+from ditcast.models import LoadedModel
+from ditcast.models.base import describe
+from tests.conftest import RECIPE, Cli
 
 
 def test_a_cache_that_never_triggers_is_a_warning(
@@ -45,3 +50,22 @@ def test_sample_counts_its_steps(cli: Cli, shared_bundle: Bundle, tmp_path: Path
     assert cli(*command, "--json", figures).code == 0
     values = json.loads(figures.read_text())
     assert (values["full_steps"], values["reuse_steps"]) == (4, 2)
+
+
+def test_inspect_says_what_was_fitted(cli: Cli, tiny: LoadedModel, tmp_path: Path) -> None:
+    """The guard's count, the correction and the order; of a bundle without them, nothing."""
+    keys: dict[str, Any] = {"cache": "taylor", "order": 2, "interval": 3, "steps": 8}
+    keys |= {"guard": "on", "correction": "moment"}
+    bundle = Bundle.create(tmp_path / "b", describe(tiny, recipes.make(RECIPE | keys)))
+    calibrate(bundle, tiny)
+    assert bundle.manifest.cache is not None
+    said = cli("inspect", bundle.path).out
+    held_back = bundle.manifest.cache.held_back
+    assert f"{held_back} of 16 forecasts are plain reuse" in said
+    assert "taylor, interval 3, 4 slots, order 2" in said
+    assert any(line.split() == ["correction", "moment"] for line in said.splitlines())
+    plain = Bundle.create(tmp_path / "plain", describe(tiny, recipes.make(RECIPE)))
+    said = cli("inspect", plain.path).out
+    assert "noise guard" not in said
+    assert "correction" not in said
+    assert "order" not in said

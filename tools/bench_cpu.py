@@ -26,11 +26,11 @@ from dataclasses import dataclass, field
 from functools import partial
 from operator import methodcaller
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import cpu_report
 import numpy as np
-from command import tool
+from command import Parser, tool
 from cpu_rivals import FULL, NNCF, PACKAGES, Rival, UnavailableError, prepare, rivals, started
 from cpu_steps import BATCHES, Cast, Contender, Job, Samples, Stepper, Turn
 from numpy.typing import NDArray
@@ -325,11 +325,6 @@ def make_row(job: Job, name: str, title: str, found: dict[str, Found]) -> dict[s
 
 def parse() -> argparse.Namespace:
     """The arguments; what is wrong with them is a `ConfigError`."""
-
-    class Parser(argparse.ArgumentParser):
-        def error(self, message: str) -> NoReturn:
-            raise ConfigError(message)
-
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("model", choices=BATCHES, metavar="MODEL", help=", ".join(BATCHES))
     parser.add_argument("--bundle", type=Path, required=True, help="compiled from the same MODEL")

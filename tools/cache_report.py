@@ -5,13 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+from quality_report import show_table
 from rich.table import Column, Table
 
 from ditcast.errors import optional
 
 Row = dict[str, Any]
-WIDTH = 170
 
 
 def show(report: Row) -> None:
@@ -22,9 +21,7 @@ def show(report: Row) -> None:
         f"{request['steps']} steps, guidance {request['guidance']}; medians; {machine['cpu']}, "
         f"{machine['threads']} threads, {machine['date']}"
     )
-    if report["distances"] is not None:
-        print("fd, kd (no FID): " + "; ".join(f"{k} {v}" for k, v in report["distances"].items()))
-    Console(width=None if Console().is_terminal else WIDTH).print(_table(report["rows"]))
+    show_table(report, _table(report["rows"]))
     for entry in report["stacking"]:
         share = "-" if entry["won_back"] is None else f"{entry['won_back']:.0%}"
         print(

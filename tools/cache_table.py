@@ -20,11 +20,12 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import cache_report
 import numpy as np
-from command import tool
+from bench_cpu import paired
+from command import Parser, tool
 from cpu_report import spread
 from quality_run import SEED, Samples, image_labels
 
@@ -151,15 +152,12 @@ def check_bundles(bundles: Sequence[Bundle]) -> None:
 
 def choose_spacing(point: Point, labels: Sequence[int], wanted: Samples) -> None:
     """Fewer steps get the timestep spacing that is best on the first batch."""
-    found = {}
-    for spacing in SPACINGS:
+
+    def fidelity(spacing: str) -> float:
         point.spacing = spacing
-        found[spacing] = float(np.median(_psnr(point.sample(labels, 0), wanted)))
-    point.spacing = max(found, key=lambda name: found[name])
+        return float(np.median(paired(point.sample(labels, 0), wanted, unit=True)))
 
-
-def _psnr(made: Samples, wanted: Samples) -> np.ndarray[Any, Any]:
-    return images.psnr_db(images.to_unit(made), images.to_unit(wanted))
+    point.spacing = max(SPACINGS, key=fidelity)
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
@@ -223,7 +221,7 @@ def _row(
         "spacing": point.spacing,
         "image_ms": spread(point.image_ms),
         "speedup": spread(np.array(reference.image_ms) / np.array(point.image_ms)),
-        "psnr_db": spread(_psnr(made, wanted)),
+        "psnr_db": spread(paired(made, wanted, unit=True)),
         "ssim": None if similarity is None else spread(similarity),
     }
     if distances is None:
@@ -264,11 +262,6 @@ def stacking(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def parse() -> argparse.Namespace:
     """The arguments; what is wrong with them is a `ConfigError`."""
-
-    class Parser(argparse.ArgumentParser):
-        def error(self, message: str) -> NoReturn:
-            raise ConfigError(message)
-
     parser = Parser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("bundles", nargs="+", type=Path, metavar="BUNDLE")

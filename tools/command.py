@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
-from ditcast.errors import DitcastError
+from ditcast.errors import ConfigError, DitcastError
+
+
+class Parser(argparse.ArgumentParser):
+    """Arguments whose errors are a `ConfigError`."""
+
+    def error(self, message: str) -> NoReturn:
+        """Wrong usage."""
+        raise ConfigError(message)
 
 
 def tool(name: str) -> Callable[[Callable[[], None]], Callable[[], None]]:

@@ -63,13 +63,18 @@ def show(report: dict[str, Any]) -> None:
         f"iterations, {request['samples']} trajectories, {request['rows']} rows; mean ± standard "
         f"deviation over calibration seeds; {machine['cpu']}, {machine['date']}"
     )
-    if report["distances"] is not None:
-        print("fd, kd (no FID): " + "; ".join(f"{k} {v}" for k, v in report["distances"].items()))
-    Console(width=None if Console().is_terminal else WIDTH).print(_table(report))
+    show_table(report, _table(report))
     for line in _sanity(report):
         print(line)
     for name, reason in report["missing"].items():
         print(f"not run: {name}: {reason}")
+
+
+def show_table(report: dict[str, Any], table: Table) -> None:
+    """Print a table, wide where nobody looks, under what its distances are."""
+    if report["distances"] is not None:
+        print("fd, kd (no FID): " + "; ".join(f"{k} {v}" for k, v in report["distances"].items()))
+    Console(width=None if Console().is_terminal else WIDTH).print(table)
 
 
 def _table(report: dict[str, Any]) -> Table:

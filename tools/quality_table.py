@@ -18,13 +18,13 @@ import argparse
 import hashlib
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, get_args
+from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 import numpy as np
 import quality_report
 import torch
 from bench_cpu import paired
-from command import tool
+from command import Parser, tool
 from cpu_report import spread
 from quality_run import (
     DAMAGES,
@@ -284,11 +284,6 @@ def write(report: dict[str, Any], path: Path) -> None:
 
 def parse() -> argparse.Namespace:
     """The arguments; what is wrong with them is a `ConfigError`."""
-
-    class Parser(argparse.ArgumentParser):
-        def error(self, message: str) -> NoReturn:
-            raise ConfigError(message)
-
     parser = Parser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("model", nargs="?", default="emoji", metavar="MODEL", help="as for ditcast compile")

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from ditcast import __version__
 from ditcast.bundle import Bundle
-from ditcast.cache.fitted import Fitted
+from ditcast.cache.fitted import recipe_plan
 from ditcast.errors import ConfigError, DitcastError, ParityError
 from ditcast.options import (
     BACKEND,
@@ -304,7 +304,7 @@ def _start(
 
     check(loaded, recipe)
     manifest = describe(loaded, recipe)
-    warn_of_idle_cache(recipe.cache, Fitted().plan(manifest), strict)
+    warn_of_idle_cache(recipe.cache, recipe_plan(manifest), strict)
     return Bundle.create(output, manifest), loaded
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +12,19 @@ from torch import Tensor
 
 from ditcast import recipe as recipes
 from ditcast.bundle import Bundle
-from ditcast.cache import StepPlan, fitted, make_plan
-from ditcast.cache.fitted import Fitted
-from ditcast.calibrate import calibrate, correction, qparams
+from ditcast.cache import fitted, make_plan
+from ditcast.cache.fitted import Fitted, recipe_plan
+from ditcast.calibrate import calibrate, correction, noise, qparams
 from ditcast.calibrate.collect import draw_labels
 from ditcast.calibrate.correction import GAINS, GUARD, LIMITS, exact, moment, printed
 from ditcast.calibrate.qparams import QParams
 from ditcast.calibrate.simulate import quantized
-from ditcast.calibrate.trajectory import sample
+from ditcast.calibrate.trajectory import follow
 from ditcast.errors import BundleError, ConfigError
 from ditcast.export import to_onnx
 from ditcast.models import LoadedModel
 from ditcast.models.base import describe
 from ditcast.sampling import correct
-from ditcast.schedule import from_config
 from tests.conftest import RECIPE
 
 
@@ -164,8 +162,8 @@ def test_a_corrected_chain_has_the_deviations_of_the_reference(
     held = fitted.of_target(bundle, "onnxruntime")
     assert held.gain is not None
     assert held.offset is not None
-    assert bundle.manifest.quantization is not None
-    scales = qparams.load(bundle.file(bundle.manifest.quantization.file))
+    scales = qparams.of_bundle(bundle)
+    labels = draw_labels(recipe, tiny.adapter.num_classes)
     wanted: list[Tensor] = []
     before: list[Tensor] = []
 
@@ -181,23 +179,15 @@ def test_a_corrected_chain_has_the_deviations_of_the_reference(
         torch.testing.assert_close(*deviations, rtol=1e-3, atol=1e-5)
         return found
 
-    def chain(plan: StepPlan | None, step: Callable[[int, Tensor], Tensor]) -> None:
-        sample(
-            tiny.adapter,
-            from_config(tiny.scheduler),
-            sampler="ddim",
-            steps=6,
-            guidance=recipe.guidance,
-            seed=recipe.seed,
-            indices=range(4),
-            labels=draw_labels(recipe, tiny.adapter.num_classes),
-            plan=plan,
-            correct=step,
-        )
+    def remember(step: int, x: Tensor) -> Tensor:
+        del step
+        wanted.append(x)
+        return x
 
-    chain(None, lambda step, x: wanted.append(x) or x)  # type: ignore[func-returns-value]
+    follow(tiny, recipe, range(4), labels, correct=remember)
     with quantized(tiny.adapter, scales):
-        chain(held.plan(bundle.manifest), replay)
+        plan = held.plan(bundle.manifest)
+        follow(tiny, recipe, range(4), labels, plan=plan, correct=replay)
     assert any((a.std() - b.std()).abs() > 1e-4 for a, b in zip(before, wanted, strict=True))
 
 
@@ -211,8 +201,8 @@ def test_errors_are_those_of_slot_outputs(tiny: LoadedModel, tmp_path: Path) -> 
     held = fitted.of_target(bundle, "onnxruntime")
     assert held.forecast is not None
     assert held.reuse is not None
-    assert bundle.manifest.quantization is not None
-    scales = qparams.load(bundle.file(bundle.manifest.quantization.file))
+    scales = qparams.of_bundle(bundle)
+    labels = draw_labels(recipe, tiny.adapter.num_classes)
     outputs: list[Tensor] = []
     inputs: list[tuple[Tensor, ...]] = []
     module = tiny.adapter.denoiser
@@ -222,16 +212,7 @@ def test_errors_are_those_of_slot_outputs(tiny: LoadedModel, tmp_path: Path) -> 
         ),
         module.register_forward_pre_hook(lambda module, args: inputs.append(args)),
     ]
-    sample(
-        tiny.adapter,
-        from_config(tiny.scheduler),
-        sampler="ddim",
-        steps=6,
-        guidance=recipe.guidance,
-        seed=recipe.seed,
-        indices=range(2),
-        labels=draw_labels(recipe, tiny.adapter.num_classes),
-    )
+    follow(tiny, recipe, range(2), labels)
     with quantized(tiny.adapter, scales), torch.no_grad():
         for arguments in inputs[:6]:
             tiny.adapter.denoiser(*arguments)
@@ -239,7 +220,7 @@ def test_errors_are_those_of_slot_outputs(tiny: LoadedModel, tmp_path: Path) -> 
         hook.remove()
     exact, rounded = outputs[:6], outputs[6:]
     slot = tiny.adapter.slots.index("blocks.1.attn")
-    plan = Fitted().plan(bundle.manifest)
+    plan = recipe_plan(bundle.manifest)
     assert plan.full.tolist() == [True, True, False, False, True, False]
     for step, newest, before in ((2, 1, 0), (3, 1, 0), (5, 4, 1)):
         first, second = plan.weights[step, :, slot].tolist()
@@ -259,6 +240,41 @@ def test_an_export_before_the_cache_is_calibrated_is_refused(
     bundle = Bundle.create(tmp_path / "b", describe(tiny, recipes.make(RECIPE | keys)))
     with pytest.raises(BundleError, match=r"is not calibrated for its cache; run: ditcast calibr"):
         to_onnx(bundle, tiny)
+
+
+def test_memory_is_bounded_by_fewer_images(
+    tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What does not fit is left out: the tables are those of fewer samples."""
+    keys: dict[str, Any] = {"cache": "taylor", "interval": 3, "correction": "moment"}
+    four, one = (recipes.make(RECIPE | keys | {"samples": n}) for n in (4, 1))
+    plan = make_plan("taylor", steps=6, interval=3, slots=len(tiny.adapter.slots))
+    # Labels are drawn for the whole recipe: those of one sample are the first of four.
+    labels = [draw_labels(recipe, tiny.adapter.num_classes)[0] for recipe in (four, one)]
+    assert labels[0] == labels[1]
+    whole = noise.measure(tiny, four, QParams(), plan)
+    monkeypatch.setattr(noise, "BYTES", 1)
+    bounded = noise.measure(tiny, four, QParams(), plan)
+    np.testing.assert_array_equal(bounded, noise.measure(tiny, one, QParams(), plan))
+    assert not np.array_equal(bounded, whole)
+    whole = correction.fit(tiny, four, QParams(), plan)
+    monkeypatch.setattr(correction, "IMAGES", 1)
+    bounded = correction.fit(tiny, four, QParams(), plan)
+    np.testing.assert_array_equal(bounded, correction.fit(tiny, one, QParams(), plan))
+    assert not np.array_equal(bounded, whole)
+
+
+def test_what_was_fitted_to_another_recipe_is_missing(tiny: LoadedModel, tmp_path: Path) -> None:
+    """As is what was never fitted; where nothing is asked for, nothing is missing."""
+    keys: dict[str, Any] = {"scheme": "none", "correction": "moment"}
+    bundle = Bundle.create(tmp_path / "b", describe(tiny, recipes.make(RECIPE | keys)))
+    assert fitted.missing(bundle.manifest)
+    calibrate(bundle, tiny)
+    assert not fitted.missing(bundle.manifest)
+    assert bundle.manifest.cache is not None
+    other = bundle.manifest.cache.model_copy(update={"made_from": "another"})
+    assert fitted.missing(bundle.manifest.model_copy(update={"cache": other}))
+    assert not fitted.missing(describe(tiny, recipes.make(RECIPE)))
 
 
 def test_a_bundle_keeps_what_was_fitted(tiny: LoadedModel, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch.nn import functional
 from ditcast import recipe as recipes
 from ditcast.bundle import Bundle
 from ditcast.calibrate import calibrate, qparams, tap
+from ditcast.errors import MissingDependencyError
 from ditcast.models import LoadedModel
 from ditcast.models.base import describe
 from tests.calibrate.test_collect import spied_rows
@@ -69,6 +71,12 @@ def test_as_many_as_are_asked_for_each_once(count: int) -> None:
     assert len(found) == len(found.unique()) == count
     assert torch.equal(found, found.sort().values)
     assert torch.equal(found, tap.select(inputs, steps, count, seed=3))
+
+
+def test_without_scikit_learn_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn.cluster", None)
+    with pytest.raises(MissingDependencyError, match=r"'sklearn' .* 'ditcast.compile.'"):
+        tap.cluster(torch.randn(4, 2), torch.zeros(4), 2, seed=0)
 
 
 def test_a_small_pool_is_taken_whole() -> None:
@@ -149,8 +157,6 @@ def test_a_bin_that_no_row_is_of_has_a_scale(tiny: LoadedModel, tmp_path: Path) 
 
 def input_scales(bundle: Bundle) -> Tensor:
     """Input scales (B,) of the second block's first Linear."""
-    assert bundle.manifest.quantization is not None
-    held = qparams.load(bundle.file(bundle.manifest.quantization.file))
-    scale = held.layers["blocks.1.attn.qkv"].activation
+    scale = qparams.of_bundle(bundle).layers["blocks.1.attn.qkv"].activation
     assert scale is not None
     return scale

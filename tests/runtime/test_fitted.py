@@ -15,7 +15,7 @@ from ditcast.cache.fitted import of_target, save
 from ditcast.cache.plan import hold
 from ditcast.calibrate import calibrate
 from ditcast.calibrate.cache import FILE
-from ditcast.errors import ConfigError
+from ditcast.errors import BundleError, ConfigError
 from ditcast.export import to_onnx
 from ditcast.models import LoadedModel
 from ditcast.models.base import describe
@@ -63,6 +63,17 @@ def test_a_guarded_plan_is_what_both_loops_run(tiny: LoadedModel, tmp_path: Path
     assert largest(plain, host) < LIMIT
     with pytest.raises(ConfigError, match=r"its 8 steps; compile one with --steps 4"):
         guarded.sample(LABELS, steps=4)
+
+
+def test_graphs_of_other_tables_are_stale(tiny: LoadedModel, tmp_path: Path) -> None:
+    """The graph loop holds them as constants."""
+    bundle = make_bundle(tiny, tmp_path / "b", correction="moment", scheme="none")
+    held = of_target(bundle, "onnxruntime")
+    assert held.gain is not None
+    save(held._replace(gain=held.gain * 2), bundle.staged(FILE))
+    bundle.commit({})
+    with pytest.raises(BundleError, match="was made from other calibration data"):
+        Pipeline(bundle).sample(LABELS)
 
 
 def test_a_correction_without_a_cache_takes_the_recipe_s_steps_only(

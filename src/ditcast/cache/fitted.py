@@ -32,22 +32,27 @@ class Fitted(NamedTuple):
 
     def plan(self, manifest: Manifest) -> StepPlan:
         """The recipe's plan, with forecasts where the guard lets them."""
-        recipe = manifest.recipe
-        found = make_plan(
-            recipe.cache,
-            steps=recipe.steps,
-            interval=recipe.interval,
-            order=recipe.order,
-            slots=len(manifest.model.slots),
-        )
+        found = recipe_plan(manifest)
         if self.forecast is None or self.reuse is None:
             return found
         return guarded(found, self.forecast, self.reuse)
 
 
+def recipe_plan(manifest: Manifest) -> StepPlan:
+    """The plan that a bundle's recipe asks for, as no calibration has changed it."""
+    recipe = manifest.recipe
+    return make_plan(
+        recipe.cache,
+        steps=recipe.steps,
+        interval=recipe.interval,
+        order=recipe.order,
+        slots=len(manifest.model.slots),
+    )
+
+
 def guarding(manifest: Manifest) -> bool:
     """Whether a bundle's plan has forecasts of quantized outputs, and the guard is on."""
-    plan = Fitted().plan(manifest)
+    plan = recipe_plan(manifest)
     forecasts = plan.history > 1 and not plan.full.all()
     return forecasts and manifest.recipe.guard == "on" and manifest.quantization is not None
 
