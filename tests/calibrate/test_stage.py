@@ -220,7 +220,7 @@ def test_a_calibrated_bundle_is_left_alone(
     tiny: LoadedModel, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The second call does no work."""
-    monkeypatch.setattr(collect, "sample", None)
+    monkeypatch.setattr(collect, "follow", None)
     before = bundle.manifest
     calibrate(bundle, tiny)
     assert Bundle.open(bundle.path).manifest == before
