@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from ditcast.calibrate.codes import grouped, weight_limits
 from ditcast.calibrate.gptq import compensated
-from ditcast.calibrate.layers import Layer, QuantizedLayer
+from ditcast.calibrate.layers import QuantizedLayer
 from ditcast.calibrate.qparams import LayerScales
+from ditcast.models.base import Layer
 
 GAMMA, ZETA = -0.1, 1.1  # stretch of the sigmoid, so that it reaches 0 and 1
 REGULARIZER = 0.01  # weight of the sum that drives every rounding to 0 or 1
@@ -65,14 +66,14 @@ class Rounding(nn.Module):
 
 
 def start(
-    linears: Mapping[str, nn.Linear], scales: Mapping[str, LayerScales], grams: Mapping[str, Tensor]
+    layers: Mapping[str, Layer], scales: Mapping[str, LayerScales], grams: Mapping[str, Tensor]
 ) -> dict[str, Rounding]:
     """Where the roundings of some layers start: from GPTQ where there is a gram matrix."""
     found = {}
     for name, held in scales.items():
-        weight = linears[name].weight.data
+        weight = layers[name].weight.data
         steps = compensated(weight, held, grams[name]) if name in grams else None
-        found[name] = Rounding(linears[name], held, steps)
+        found[name] = Rounding(layers[name], held, steps)
     return found
 
 
@@ -106,10 +107,11 @@ def reconstruct(
     optimizer = torch.optim.Adam([group for group in groups if group["params"]], fused=True)
     generator = torch.Generator().manual_seed(seed)
     warm_up, value = WARM_UP * iterations, 0.0
+    channels = 1 if targets.dim() == 4 else -1  # of images; elsewhere they come last
     for i in range(iterations):
         rows = torch.randint(len(targets), (batch,), generator=generator)
         with torch.enable_grad():
-            error = (forward(rows) - targets[rows]).square().sum(dim=-1).mean()
+            error = (forward(rows) - targets[rows]).square().sum(dim=channels).mean()
             loss = error
             if i >= warm_up:
                 done = (i - warm_up) / max(iterations - warm_up, 1)

@@ -11,10 +11,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ditcast.calibrate.codes import SMALLEST
 from ditcast.models import Adapter
+from ditcast.models.base import Layer
 
 SMOOTH = 0.5  # SmoothQuant's alpha
 
@@ -22,7 +23,7 @@ SMOOTH = 0.5  # SmoothQuant's alpha
 def balanced_layers(adapter: Adapter) -> list[str]:
     """The layers whose factors can be folded, in network order."""
     foldable = adapter.modulated().keys() | adapter.chained().keys()
-    return [name for name in adapter.linears() if name in foldable]
+    return [name for name in adapter.layers() if name in foldable]
 
 
 def ptq4dit(activation: Tensor, weight: Tensor) -> Tensor:
@@ -47,7 +48,7 @@ def smooth(activation: Tensor, weight: Tensor) -> Tensor:
 BALANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"smooth": smooth, "ptq4dit": ptq4dit}
 
 
-def factors(kind: str, linear: nn.Linear, activation: Tensor) -> Tensor:
+def factors(kind: str, linear: Layer, activation: Tensor) -> Tensor:
     """Factors (I,) float32 of a Linear whose input channels reach `activation` (T, I)."""
     weight = linear.weight.data.abs().amax(dim=0).clamp(min=SMALLEST)
     return BALANCES[kind](activation.clamp(min=SMALLEST), weight)

@@ -1,7 +1,8 @@
 """The walk over the network's parts: each is reconstructed behind those already quantized.
 
 Inputs are "asymmetric" (BRECQ, TFMQ-DM code): a part sees what the quantized parts before it
-give, and is asked for what full precision gives. Two sets of activations are all that is held.
+give, and is asked for what full precision gives. Two sets of activations are all that is held,
+and in a U-Net the skips of both.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from ditcast.calibrate.ranges import OBSERVERS, Observer, State
 from ditcast.calibrate.simulate import Simulation, quantized
 from ditcast.errors import BundleError
 from ditcast.models import Adapter
+from ditcast.models.base import Layer, first_skips
 from ditcast.progress import say
 from ditcast.recipe import TEMPORAL, Bits, Recipe
 
@@ -66,13 +68,16 @@ class Walk:
         found: Scales = {}
         plain = QParams(balance=self.base.balance)
         exact, rounded = self._features(plain), self._features(self.base)
+        parts = self.adapter.parts
         with quantized(self.adapter, plain):
             wanted = given = self._through(lambda rows: self.adapter.stem(self.rows.sample[rows]))
-        for i in range(len(self.adapter.parts)):
+        exact_skips, skips = first_skips(parts, wanted), first_skips(parts, given)
+        for i, part in enumerate(parts):
             names = self._layers(i, found)
             with quantized(self.adapter, plain):
-                wanted = self._through(self._unit(i, wanted, exact))
-            unit = self._unit(i, given, None if self.naive else rounded)
+                wanted = self._through(self._unit(i, part.enter(wanted, exact_skips), exact))
+            part.leave(wanted, exact_skips)
+            unit = self._unit(i, part.enter(given, skips), None if self.naive else rounded)
             file, held = folder / f"part-{i:03}.safetensors", Scales()
             if file.is_file():
                 held = _read(file)
@@ -82,6 +87,7 @@ class Walk:
                 file.with_suffix(".tmp").replace(file)
             with self._layered(held):
                 given = self._through(unit)
+            part.leave(given, skips)
             found |= held
             advance()
         return found
@@ -158,11 +164,11 @@ class Walk:
 
     def _part(self, names: list[str], unit: Unit, wanted: Tensor, seed: int) -> Scales:
         """Reconstruct one part: roundings, then or together with them the input scales."""
-        linears = self.adapter.linears() | self.adapter.temporal_linears()
+        layers = self.adapter.layers() | self.adapter.temporal_linears()
         with quantized(self.adapter, QParams(balance=self.base.balance)):
             bits = {name: self.bits[name] for name in names}
-            start = self.method.nearest(linears, bits, self.recipe.group)
-            roundings = adaround.start(linears, start, self._grams(linears, names, unit))
+            start = self.method.nearest(layers, bits, self.recipe.group)
+            roundings = adaround.start(layers, start, self._grams(layers, names, unit))
         first = {name: replace(start[name], codes=r.hard()) for name, r in roundings.items()}
         scales = self._ranges(first, unit) if self.method.learn else {}
         learned = {name: nn.Parameter(scale.log()) for name, scale in scales.items()}
@@ -189,13 +195,11 @@ class Walk:
             for name, held in done.items()
         }
 
-    def _grams(
-        self, linears: dict[str, nn.Linear], names: list[str], unit: Unit
-    ) -> dict[str, Tensor]:
+    def _grams(self, layers: dict[str, Layer], names: list[str], unit: Unit) -> dict[str, Tensor]:
         """What error compensation knows of the inputs of these layers."""
         if self.recipe.init == "nearest":
             return {}
-        with grams({name: linears[name] for name in names}) as found:
+        with grams({name: layers[name] for name in names}) as found:
             self._through(unit)
         return found
 

@@ -25,26 +25,27 @@ BYTES = {8: 1, 6: 1, 16: 2}  # of a code
 
 
 def check_store(model: LoadedModel, recipe: Recipe) -> list[int]:
-    """The labels whose features are stored, null last.
+    """The labels whose features are stored, null last if there is one.
 
     Raises:
         ConfigError: a label that the model has not, or a store larger than the TIB in float,
             which it is there to replace.
     """
     adapter = model.adapter
-    null = adapter.num_classes
+    classes = adapter.num_classes
     for label in recipe.labels:
-        if not 0 <= label < null:
-            raise ConfigError(f"labels: got {label}, expected 0 to {null - 1}")
-    labels = [*sorted(set(recipe.labels or range(null))), null]
+        if not 0 <= label < classes:
+            raise ConfigError(f"labels: got {label}, expected 0 to {classes - 1}")
+    null = [] if adapter.null_label is None else [adapter.null_label]
+    labels = [*sorted(set(recipe.labels or range(classes))), *null]
     each = recipe.steps * adapter.parts[-1].columns.stop * BYTES[recipe.feature_bits()]
-    limit = 4 * count(adapter.temporal)
+    limit, with_null = 4 * count(adapter.temporal), " (null is one)" if null else ""
     if each * len(labels) > limit:
         raise ConfigError(
-            f"labels: the features of {recipe.steps} steps and {len(labels)} labels (null is one) "
+            f"labels: the features of {recipe.steps} steps and {len(labels)} labels{with_null} "
             f"take {each * len(labels) / 2**20:.1f} MiB, expected at most the "
             f"{limit / 2**20:.1f} MiB of the modules that make them; store at most "
-            f"{max(limit // each - 1, 0)} labels with --labels, or use --temporal tib"
+            f"{max(limit // each - len(null), 0)} labels with --labels, or use --temporal tib"
         )
     return labels
 

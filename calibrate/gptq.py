@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from ditcast.calibrate.codes import SMALLEST, grouped, weight_limits
 from ditcast.calibrate.qparams import LayerScales
@@ -24,8 +26,8 @@ BLOCK = 128  # columns whose errors reach those behind them at once
 def compensated(weight: Tensor, scales: LayerScales, gram: Tensor) -> Tensor:
     """Every weight (O, I) in steps of its scale as it stands when its turn to be rounded comes.
 
-    `gram` (I, I) is the sum over inputs of x x^T. The codes are these values to the nearest.
-    Columns go in the order of falling diagonal ("act-order" of the GPTQ code).
+    That of a convolution is (O, C, kh, kw), with the inputs of a window for columns. `gram` (I, I)
+    is the sum over inputs of x x^T. The codes are these values to the nearest. Columns go in the order of falling diagonal ("act-order" of the GPTQ code).
     """
     step = grouped(weight, scales.weight).double()
     diagonal = gram.diagonal()
@@ -34,7 +36,7 @@ def compensated(weight: Tensor, scales: LayerScales, gram: Tensor) -> Tensor:
     damped = gram.double() + damping * torch.eye(len(gram)).double()
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped[order][:, order]))
     upper = torch.linalg.cholesky(inverse, upper=True)
-    left, step = weight.double()[:, order], step[:, order]
+    left, step = weight.flatten(start_dim=1).double()[:, order], step[:, order]
     limits, turned = weight_limits(scales.bits.weight), torch.empty_like(left)
     for first in range(0, len(gram), BLOCK):
         block = slice(first, min(first + BLOCK, len(gram)))
@@ -51,13 +53,15 @@ def compensated(weight: Tensor, scales: LayerScales, gram: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def grams(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
-    """While active, the sum of x x^T of every Linear's inputs, (I, I), is kept."""
+    """While active, the sum of x x^T of every layer's inputs, (I, I), is kept.
+
+    Those of a convolution are its windows, one for every pixel of its output.
+    """
     found: dict[str, Tensor] = {}
 
     def watch(name: str) -> torch.utils.hooks.RemovableHandle:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            del module
-            rows = args[0].detach().flatten(end_dim=-2)
+            rows = _rows(module, args[0].detach())
             found[name] = found.get(name, torch.zeros(())) + rows.T @ rows
 
         return layers[name].register_forward_pre_hook(hook)
@@ -68,3 +72,14 @@ def grams(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _rows(layer: nn.Module, x: Tensor) -> Tensor:
+    """What a layer multiplies by its weight, (rows, I)."""
+    if not isinstance(layer, nn.Conv2d):
+        return x.flatten(end_dim=-2)
+    padding: Any = layer.padding  # a string only where the paddings of both sides may differ
+    windows = functional.unfold(
+        x, layer.kernel_size, layer.dilation, padding, layer.stride
+    )  # (N, C * kh * kw, L)
+    return windows.transpose(1, 2).flatten(end_dim=1)

@@ -11,9 +11,9 @@ from torch.nn import functional
 
 from ditcast.calibrate.codes import fake_quantize, grouped, levels
 from ditcast.calibrate.qparams import LayerScales
+from ditcast.models.base import Layer
 
 Rows = Callable[[], tuple[Tensor, Tensor | None]]  # scale and zero point of every row at hand
-Layer = nn.Linear | nn.Conv2d
 
 
 class QuantizedLayer(nn.Module):

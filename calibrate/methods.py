@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from torch import nn
-
 from ditcast.calibrate.codes import SMALLEST, levels, weight_scale
 from ditcast.calibrate.qparams import LayerScales
 from ditcast.calibrate.ranges import OBSERVERS, State
+from ditcast.models.base import Layer
 from ditcast.recipe import Bits
 
 
@@ -27,14 +26,14 @@ class Method(NamedTuple):
     learn: bool = False
 
     def nearest(
-        self, linears: Mapping[str, nn.Linear], bits: Mapping[str, Bits], group: int
+        self, layers: Mapping[str, Layer], bits: Mapping[str, Bits], group: int
     ) -> dict[str, LayerScales]:
         """The layers of `bits` with weights rounded to the nearest and inputs still in float."""
         return {
             name: LayerScales(
                 bits=wide,
                 weight=weight_scale(
-                    linears[name].weight.data, search=self.search, bits=wide.weight, group=group
+                    layers[name].weight.data, search=self.search, bits=wide.weight, group=group
                 ),
             )
             for name, wide in bits.items()

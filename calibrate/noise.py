@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -17,6 +18,7 @@ from ditcast.calibrate.simulate import quantized
 from ditcast.calibrate.trajectory import follow
 from ditcast.models import Adapter, LoadedModel
 from ditcast.recipe import Recipe
+from ditcast.sampling import row_labels
 from ditcast.schedule import from_config
 
 BYTES = 1 << 31  # of the quantized network's outputs that are held for comparison
@@ -38,7 +40,7 @@ def measure(
     count = min(recipe.samples, IMAGES, _affordable(adapter, plan))
     labels = draw_labels(recipe, adapter.num_classes)[:count]
     samples = _samples(model, recipe, labels)
-    rows = labels + [adapter.num_classes] * (count if recipe.guidance > 1 else 0)
+    rows = row_labels(labels, recipe.guidance, adapter.null_label)
     unique, inverse = torch.unique(torch.tensor(rows), return_inverse=True)
     timesteps = torch.from_numpy(from_config(model.scheduler).timesteps(recipe.steps)).float()
 
@@ -76,8 +78,7 @@ def _samples(model: LoadedModel, recipe: Recipe, labels: list[int]) -> list[Tens
 
 
 def _affordable(adapter: Adapter, plan: StepPlan) -> int:
-    tokens, width = adapter.slot_shape
-    image = 2 * 4 * tokens * width * len(adapter.slots)  # with its null row
+    image = 2 * 4 * math.prod(adapter.slot_shape) * len(adapter.slots)  # with its null row
     return max(1, BYTES // (image * plan.full_steps))
 
 

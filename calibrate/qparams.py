@@ -22,7 +22,7 @@ from ditcast.recipe import Bits, Rule
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LayerScales:
-    """One quantized Linear (O, I).
+    """One quantized Linear (O, I), or Conv2d with its window flattened: I = C * kh * kw.
 
     `weight` is (O,) per output channel, or (O, G) per group of inputs. `codes` (O, I) int8 are
     the weight's where they were learned; None is to the nearest. `activation` is the

@@ -14,7 +14,7 @@ from ditcast.calibrate.codes import fake_quantize
 from ditcast.calibrate.layers import QuantizedLayer
 from ditcast.calibrate.qparams import QParams, StoredFeatures
 from ditcast.models import Adapter
-from ditcast.models.base import Temporal, vector_slices
+from ditcast.models.base import Layer, Temporal, vector_slices
 from ditcast.recipe import TEMPORAL
 
 
@@ -188,10 +188,10 @@ class _Factors(nn.Module):
 
 
 class Simulation(NamedTuple):
-    """The quantized layers by name, and the Linears, balanced, that they stand for."""
+    """The quantized layers by name, and those, balanced, that they stand for."""
 
     layers: dict[str, QuantizedLayer]
-    linears: dict[str, nn.Linear]
+    originals: dict[str, Layer]
 
     @contextlib.contextmanager
     def exact(self) -> Iterator[None]:
@@ -210,7 +210,7 @@ def quantized(adapter: Adapter, qparams: QParams) -> Iterator[Simulation]:
     This is the torch simulation of the exported integer graph, and what export traces.
     """
     steps = StepScales(qparams)
-    found = Simulation({}, adapter.linears() | adapter.temporal_linears())
+    found = Simulation({}, {**adapter.layers(), **adapter.temporal_linears()})
     with contextlib.ExitStack() as stack:
         _balance(stack, adapter, qparams.balance)
         stack.callback(setattr, adapter, "temporal", adapter.temporal)
@@ -218,7 +218,7 @@ def quantized(adapter: Adapter, qparams: QParams) -> Iterator[Simulation]:
         for name, scales in qparams.layers.items():
             rows = functools.partial(steps.rows, name) if scales.stepwise else None
             folded = scales.stepwise and name in adapter.modulated()
-            layer = QuantizedLayer(found.linears[name], scales, rows, folded).eval()
+            layer = QuantizedLayer(found.originals[name], scales, rows, folded).eval()
             root = features if name.startswith(TEMPORAL) else adapter.denoiser
             path, _, attribute = name.rpartition(".")
             parent = root.get_submodule(path)
@@ -241,17 +241,18 @@ def _balance(stack: contextlib.ExitStack, adapter: Adapter, balance: dict[str, T
 
     What makes them is a Linear here; for modulated layers it is the temporal features.
     """
-    linears, chained = adapter.linears(), adapter.chained()
+    layers, chained = adapter.layers(), adapter.chained()
     makers = [chained[name][0] for name in balance if name in chained]
-    parameters = [p for name in [*balance, *makers] for p in linears[name].parameters()]
+    parameters = [p for name in [*balance, *makers] for p in layers[name].parameters()]
     for parameter in {id(p): p for p in parameters}.values():
         stack.callback(setattr, parameter, "data", parameter.data)
         parameter.data = parameter.data.clone()
     for name, factor in balance.items():
-        linears[name].weight.data /= factor
+        layers[name].weight.data /= factor
         if name in chained:
             source, first = chained[name]
             made = slice(first, first + len(factor))
-            linears[source].weight.data[made] *= factor[:, None]
-            if linears[source].bias is not None:
-                linears[source].bias.data[made] *= factor
+            layers[source].weight.data[made] *= factor[:, None]
+            bias = layers[source].bias
+            if bias is not None:
+                bias.data[made] *= factor

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ditcast.bundle import Bundle
 from ditcast.calibrate import cache, features, qparams, tap, tib
@@ -18,11 +18,13 @@ from ditcast.calibrate.qparams import LayerScales, QParams
 from ditcast.calibrate.ranges import CHANNELS, INPUTS, OBSERVERS
 from ditcast.calibrate.simulate import quantized
 from ditcast.errors import ConfigError
-from ditcast.manifest import Layer, Quantization
-from ditcast.models import LoadedModel
+from ditcast.manifest import Layer as LayerEntry
+from ditcast.manifest import Quantization
+from ditcast.models import Adapter, LoadedModel
+from ditcast.models.base import Layer
 from ditcast.progress import counting
 from ditcast.recipe import FLOAT, MODULES, PRECISIONS, TEMPORAL, Bits, Recipe
-from ditcast.sampling import coefficients
+from ditcast.sampling import check_guidance, coefficients, row_labels
 from ditcast.schedule import from_config
 
 SCALES = "calibration/scales.safetensors"
@@ -56,16 +58,18 @@ def _quantize(bundle: Bundle, model: LoadedModel) -> None:
         found = _Calibration(bundle, model, chosen).run()
     qparams.save(found, bundle.staged(SCALES))
     adapter, stored = model.adapter, found.stored
-    linears = adapter.linears() | adapter.temporal_linears()
+    layers = adapter.layers() | adapter.temporal_linears()
+    positions = adapter.positions()
     quantization = Quantization(
         made_from=manifest.fingerprint(),
         file=SCALES,
         layers=tuple(
-            Layer(
+            LayerEntry(
                 name=name,
                 block=name.rpartition(".")[0],
                 precision=precision[name],
-                shape=(linears[name].out_features, linears[name].in_features),
+                shape=_shape(layers[name]),
+                positions=positions.get(name, 1),
             )
             for name in found.layers
         ),
@@ -81,11 +85,18 @@ def check(model: LoadedModel, recipe: Recipe) -> None:
 
     Raises:
         ConfigError: rules or a group that do not fit its layers, more steps than it was trained
-            on, or temporal features that are too many to be stored.
+            on, guidance or balancing that it does not allow, or temporal features that are too
+            many to be stored.
         UnsupportedError: a noise schedule that is not implemented for this sampler.
     """
     coefficients(from_config(model.scheduler), recipe.sampler, recipe.steps)
+    check_guidance(recipe.guidance, model.adapter.null_label)
     choose_precision(model, recipe)
+    if recipe.balance != "none" and not balanced_layers(model.adapter):
+        raise ConfigError(
+            f"balance: got {recipe.balance}, but no layer of the model can be balanced; "
+            "expected none"
+        )
     if recipe.temporal in ("cache", "select"):
         features.check_store(model, recipe)
 
@@ -96,18 +107,23 @@ def choose_precision(model: LoadedModel, recipe: Recipe) -> dict[str, str]:
     Raises:
         ConfigError: rules or a group that do not fit the layers.
     """
-    linears = model.adapter.linears()
+    layers = model.adapter.layers()
     if recipe.temporal in MODULES:
-        linears |= model.adapter.temporal_linears()
-    precision = qparams.select(list(linears), recipe.layer_rules())
+        layers |= model.adapter.temporal_linears()
+    precision = qparams.select(list(layers), recipe.layer_rules())
     for name, kind in precision.items():
-        inputs = linears[name].in_features
+        inputs = _shape(layers[name])[1]
         if recipe.group and kind != FLOAT and inputs % recipe.group:
             raise ConfigError(
                 f"group: got {recipe.group}, but layer {name} has {inputs} inputs; expected a "
                 "divisor of them, or 0"
             )
     return precision
+
+
+def _shape(layer: Layer) -> tuple[int, int]:
+    """Outputs O and inputs I of a layer's product."""
+    return len(layer.weight), layer.weight[0].numel()
 
 
 class _Calibration:
@@ -146,20 +162,20 @@ class _Calibration:
         ascending: Tensor = self.timesteps.unique()
         return [ascending] if self.recipe.fsc == "none" else list(ascending[:, None])
 
-    def _start(self, linears: Mapping[str, nn.Linear]) -> dict[str, LayerScales]:
+    def _start(self, layers: Mapping[str, Layer]) -> dict[str, LayerScales]:
         """Scales of those weights that are to be quantized, as they are now; to the nearest."""
-        bits = {name: wide for name, wide in self.chosen.items() if name in linears}
-        return self.method.nearest(linears, bits, self.recipe.group)
+        bits = {name: wide for name, wide in self.chosen.items() if name in layers}
+        return self.method.nearest(layers, bits, self.recipe.group)
 
     def _balance(self) -> dict[str, Tensor]:
-        kind, linears = self.recipe.balance, self.adapter.linears()
+        kind, layers = self.recipe.balance, self.adapter.layers()
         if kind == "none":
             return {}
         names = [name for name in balanced_layers(self.adapter) if name in self.chosen]
-        watches = [Watch(name, linears[name], CHANNELS, stepwise=True) for name in names]
+        watches = [Watch(name, layers[name], CHANNELS, stepwise=True) for name in names]
         states = collect(self.bundle, self.model, "channels", watches)
         return {
-            name: factors(kind, linears[name], torch.stack([s["channels"] for s in states[name]]))
+            name: factors(kind, layers[name], torch.stack([s["channels"] for s in states[name]]))
             for name in names
         }
 
@@ -200,11 +216,11 @@ class _Calibration:
     def _ranges(self, found: QParams) -> dict[str, LayerScales]:
         """Weights to the nearest, and input ranges from the trajectories of full precision."""
         observer, recipe = OBSERVERS[self.method.observer], self.recipe
-        linears, stepwise = self.adapter.linears(), recipe.fsc == "all"
+        layers, stepwise = self.adapter.layers(), recipe.fsc == "all"
         with quantized(self.adapter, QParams(balance=found.balance)):
-            scales = self._start(linears)
+            scales = self._start(layers)
             names = [name for name in scales if scales[name].bits.activation < 16]
-            watches = [Watch(name, linears[name], observer, stepwise) for name in names]
+            watches = [Watch(name, layers[name], observer, stepwise) for name in names]
             states = collect(self.bundle, self.model, "states", watches) if watches else {}
         for name in names:
             wide = scales[name].bits.activation
@@ -232,7 +248,7 @@ class _Calibration:
         watch = Watch("stem", adapter.stem, INPUTS, stepwise=True)
         states = collect(self.bundle, self.model, "inputs", [watch])["stem"]
         inputs = torch.stack([state["inputs"] for state in states])  # (T, rows, C, H, W)
-        labels = torch.tensor(_row_labels(recipe, adapter.num_classes))
+        labels = torch.tensor(_row_labels(recipe, adapter))
         computed = torch.from_numpy(followed(self.bundle).full).nonzero().flatten()
         steps = computed.repeat_interleave(len(labels))  # of every row of the pool
         rows = torch.arange(len(labels)).repeat(len(computed))
@@ -257,10 +273,10 @@ class _Calibration:
         )
 
 
-def _row_labels(recipe: Recipe, null: int) -> list[int]:
+def _row_labels(recipe: Recipe, adapter: Adapter) -> list[int]:
     """The label of every row of a step, in the order in which trajectories pass the network."""
-    labels, found = draw_labels(recipe, null), []
+    labels, found = draw_labels(recipe, adapter.num_classes), []
     for first in range(0, recipe.samples, recipe.batch):
         batch = labels[first : first + recipe.batch]
-        found += batch + [null] * (len(batch) if recipe.guidance > 1 else 0)
+        found += row_labels(batch, recipe.guidance, adapter.null_label)
     return found

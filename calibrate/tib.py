@@ -32,12 +32,13 @@ Scales = dict[str, LayerScales]
 
 
 def draw_labels(adapter: Adapter, timesteps: Tensor, seed: int) -> Tensor:
-    """The labels (L,) that the TIB is calibrated on, null among them, sorted."""
-    features, null = adapter.parts[-1].columns.stop, adapter.num_classes
+    """The labels (L,) that the TIB is calibrated on, null among them if there is one, sorted."""
+    features, classes = adapter.parts[-1].columns.stop, adapter.num_classes
     affordable = TARGET_BYTES // (4 * features * len(timesteps)) - 1
-    count = max(1, min(null, LABELS, affordable))
-    drawn = torch.randperm(null, generator=torch.Generator().manual_seed(seed))[:count]
-    return torch.cat([drawn, torch.tensor([null])]).sort().values
+    count = max(1, min(classes, LABELS, affordable))
+    drawn = torch.randperm(classes, generator=torch.Generator().manual_seed(seed))[:count]
+    null = [] if adapter.null_label is None else [adapter.null_label]
+    return torch.cat([drawn, torch.tensor(null, dtype=drawn.dtype)]).sort().values
 
 
 def tiar(

@@ -18,6 +18,7 @@ from ditcast.sampling import (
     draw_noise,
     guide,
     needs_noise,
+    row_labels,
     update,
 )
 from ditcast.schedule import NoiseSchedule, from_config
@@ -66,7 +67,7 @@ def sample(
     noises = steps if needs_noise(sampler) else 0
     drawn = np.stack([draw_noise(seed, i, adapter.sample_shape, noises) for i in indices], axis=1)
     noise = torch.from_numpy(drawn)  # (1 + noises, n, C, H, W)
-    rows = list(labels) + [adapter.num_classes] * (n if guidance > 1 else 0)
+    rows = row_labels(labels, guidance, adapter.null_label)
     unique, inverse = torch.unique(torch.tensor(rows), return_inverse=True)
     timesteps = torch.from_numpy(schedule.timesteps(steps)).float()
     features = adapter.temporal(timesteps, unique)  # (T, U, F)

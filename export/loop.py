@@ -35,9 +35,9 @@ class LoopSpec:
     timesteps: NDArray[np.int64]  # (T,)
     table: NDArray[np.float32]  # (T, 6), columns as in `Coefficients`
     clip: float | None
-    null_label: int
+    null_label: int | None
     sample_shape: tuple[int, int, int]
-    slot_shape: tuple[int, int]
+    slot_shape: tuple[int, ...]
     step_noise: bool
     gain: NDArray[np.float32] | None  # (T, C), and `offset`: of the variance correction
     offset: NDArray[np.float32] | None
@@ -112,10 +112,13 @@ class _Builder:
         """Features of all timesteps, and which row of them each sample takes.
 
         Labels are made distinct and sorted, so that `temporal` sees the very batch that the
-        host loop gives it. Without guidance there are no null rows.
+        host loop gives it. Without guidance there are no null rows; without a null label there
+        is no guidance, whatever its scale.
         """
-        null = self.constant("null_label", [self.spec.null_label])
-        labels = scope.op("Concat", "class_labels", null, axis=0)
+        null, labels, over = self.spec.null_label, "class_labels", np.inf
+        if null is not None:
+            held, over = self.constant("null_label", [null]), 1.0
+            labels = scope.op("Concat", labels, held, axis=0)
         unique, _, inverse, _ = scope.op("Unique", labels, outputs=4, sorted=1)
         timesteps = self.constant("timesteps", self.spec.timesteps, np.float32)
         names = {"timesteps": timesteps, "class_labels": unique}
@@ -123,7 +126,7 @@ class _Builder:
         zero, one, end = (self.constant(n, [v]) for n, v in (("zero", 0), ("one", 1), ("end", END)))
         self.last = self.constant("last", [-1])
         self.n = scope.op("Shape", "class_labels")
-        guided = scope.op("Greater", "guidance_scale", self.constant("unguided", 1.0, np.float32))
+        guided = scope.op("Greater", "guidance_scale", self.constant("unguided", over, np.float32))
         guided = scope.op("Cast", guided, to=TensorProto.INT64)
         conditional = scope.op("Slice", inverse, zero, self.n, zero)
         null_row = scope.op("Slice", inverse, self.last, end, zero)

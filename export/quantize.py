@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
-from torch import nn
+from numpy.typing import NDArray
 
 from ditcast.calibrate.qparams import LayerScales
 from ditcast.errors import UnsupportedError
+from ditcast.export.convolution import Unfolding, window_matrix
 from ditcast.export.store import as_int4
 from ditcast.export.targets import Target
+from ditcast.models.base import Layer
 
 INT4 = 4  # bits from which on weights are stored two to a byte
 
@@ -21,33 +24,129 @@ def insert_qdq(
     graph: gs.Graph,
     layers: Mapping[str, LayerScales],
     target: Target,
-    linears: Mapping[str, nn.Linear],
+    originals: Mapping[str, Layer],
     group: int = 0,
 ) -> None:
     """Quantize every layer of `layers` in place: its weight and, unless it stays float, its input.
 
-    `linears` are the torch layers, balanced as they were traced. A layer with one input scale per
-    step has been traced with its division and its row factor, and takes the scale 1. The bias
-    becomes an Add of a [1,1,O] constant: with a one-dimensional bias ONNX Runtime fuses MatMul
-    and Add into a float Gemm before it sees the Q/DQ nodes.
+    `originals` are the torch layers, balanced as they were traced. A layer with one input scale
+    per step has been traced with its division and its row factor, and takes the scale 1. The bias
+    of a Linear becomes an Add of a [1,1,O] constant: with a one-dimensional bias ONNX Runtime
+    fuses MatMul and Add into a float Gemm before it sees the Q/DQ nodes.
 
     Raises:
-        UnsupportedError: a layer that is not one MatMul in the graph.
+        UnsupportedError: a layer that is not one MatMul or Conv in the graph.
     """
     named = {node.name: node for node in graph.nodes}
     for layer, scales in layers.items():
-        matmul = named.get(f"{layer}/MatMul") or _split_gemm(graph, named.get(f"{layer}/Gemm"))
-        if matmul is None:
+        pairs = _Pairs(graph, layer, scales, target, group)
+        weight = originals[layer].weight.data
+        codes = scales.weight_codes(weight).numpy().astype(np.int8)
+        kind = "Conv" if weight.dim() == 4 else "MatMul"
+        product = named.get(f"{layer}/{kind}") or _split_gemm(graph, named.get(f"{layer}/Gemm"))
+        if product is None:
             raise UnsupportedError(
-                f"export: layer {layer} is no single MatMul in the graph and cannot be quantized; "
+                f"export: layer {layer} is no single {kind} in the graph and cannot be quantized; "
                 f"add the rule {{pattern: {layer}, precision: float}} first"
             )
-        if scales.activation is not None:
-            scale = 1.0 if scales.stepwise else float(scales.activation)
-            matmul.inputs[0] = _activation(graph, matmul.inputs[0], layer, scale, target)
-        matmul.inputs[1] = _weight(graph, layer, scales, linears[layer], group)
-        _widen_bias(named.get(f"{layer}/Add"))
+        if kind == "Conv":
+            pairs.convolution(product, codes.reshape(weight.shape))
+        else:
+            pairs.input_of(product)
+            product.inputs[1] = pairs.matrix(codes.T)
+            _widen_bias(named.get(f"{layer}/Add"))
     graph.cleanup().toposort()
+
+
+class _Pairs(NamedTuple):
+    """The Q/DQ nodes of one layer."""
+
+    graph: gs.Graph
+    layer: str
+    scales: LayerScales
+    target: Target
+    group: int
+
+    def input_of(self, product: gs.Node) -> None:
+        """QuantizeLinear and DequantizeLinear of the layer's input, unless it stays in float."""
+        if self.scales.activation is not None:
+            codes, ends = self.codes(product.inputs[0])
+            product.inputs[0] = self.node("DequantizeLinear", "input", [codes, *ends])
+
+    def convolution(self, conv: gs.Node, kernel: NDArray[np.int8]) -> None:
+        """The same for a convolution with a kernel (O, C, kh, kw), in the form of the target."""
+        if self.scales.activation is None or not self.target.unfolds:
+            self.input_of(conv)
+            conv.inputs[1] = self.kernel(kernel)
+            return
+        unfolding = Unfolding(self.graph, conv, self.layer)
+        codes, ends = self.codes(conv.inputs[0])
+        windows = self.node("DequantizeLinear", "input", [unfolding.windows(codes, ends[1]), *ends])
+        product = self.node("MatMul", "product", [windows, self.matrix(window_matrix(kernel))])
+        (output,) = conv.outputs
+        conv.inputs.clear()
+        conv.outputs.clear()
+        unfolding.image(product, output)
+
+    def codes(self, x: gs.Variable) -> tuple[gs.Variable, list[gs.Constant]]:
+        """The codes of the layer's input, and the scale and zero point that restore it."""
+        dtype, held = self.target.dtype, self.scales.activation
+        assert dtype is not None
+        assert held is not None
+        value = np.array(1.0 if self.scales.stepwise else float(held), np.float32)
+        ends = [
+            gs.Constant(f"{self.layer}/scale", value),
+            gs.Constant(f"{self.layer}/zero_point", np.array(self.target.zero_point, dtype)),
+        ]
+        return self.node("QuantizeLinear", "codes", [x, *ends], dtype), ends
+
+    def matrix(self, codes: NDArray[np.int8]) -> gs.Variable:
+        """A weight that is stored as (I, O), restored."""
+        scale = self.scales.weight.numpy().T
+        return self.weight(codes, scale, axis=1 if scale.ndim == 1 else 0)
+
+    def kernel(self, codes: NDArray[np.int8]) -> gs.Variable:
+        """A weight that is stored as (O, C, kh, kw), restored; its groups are those of (O, I)."""
+        scale = self.scales.weight.numpy()
+        if scale.ndim == 1:
+            return self.weight(codes, scale, axis=0)
+        flat = self.weight(codes.reshape(len(codes), -1), scale, axis=1)
+        shape = gs.Constant(f"{self.layer}/weight/shape", np.array(codes.shape, np.int64))
+        return self.node("Reshape", "weight/kernel", [flat, shape])
+
+    def weight(
+        self, values: NDArray[np.int8], scale: NDArray[np.float32], axis: int
+    ) -> gs.Variable:
+        """DequantizeLinear of the layer's integer weight, per channel or in groups along an axis.
+
+        4-bit codes of a layer with an integer input are cast to 8 bits first: ONNX Runtime then
+        runs the kernel of 8-bit weights, and the file is half the size.
+        """
+        codes: gs.Tensor = gs.Constant(f"{self.layer}/weight/codes", values)
+        if self.scales.bits.weight <= INT4:
+            codes = as_int4(codes)
+            if self.scales.activation is not None:
+                wide = onnx.TensorProto.INT8
+                codes = self.node("weight/Cast", "weight/wide", [codes], np.int8, to=wide)
+        factor = gs.Constant(f"{self.layer}/weight/scale", scale.copy())
+        blocks = {"block_size": self.group} if scale.ndim > 1 else {}
+        return self.node(
+            "weight/DequantizeLinear", "weight", [codes, factor], np.float32, axis=axis, **blocks
+        )
+
+    def node(
+        self,
+        name: str,
+        output: str,
+        inputs: list[gs.Tensor],
+        dtype: type[np.generic] = np.float32,
+        **attributes: int,
+    ) -> gs.Variable:
+        """Append a node that is named after its operator; returns its output."""
+        found = gs.Variable(f"{self.layer}/{output}", dtype=dtype)
+        op = name.rpartition("/")[2]
+        self.graph.nodes.append(gs.Node(op, f"{self.layer}/{name}", attributes, inputs, [found]))
+        return found
 
 
 def _split_gemm(graph: gs.Graph, gemm: gs.Node | None) -> gs.Node | None:
@@ -68,64 +167,6 @@ def _split_gemm(graph: gs.Graph, gemm: gs.Node | None) -> gs.Node | None:
     matmul = gs.Node("MatMul", f"{layer}/MatMul", inputs=[x, weight], outputs=[product])
     graph.nodes.append(matmul)
     return matmul
-
-
-def _activation(
-    graph: gs.Graph, x: gs.Variable, layer: str, value: float, target: Target
-) -> gs.Variable:
-    """QuantizeLinear, DequantizeLinear of the layer's input."""
-    scale = gs.Constant(f"{layer}/scale", np.array(value, np.float32))
-    zero = gs.Constant(f"{layer}/zero_point", np.array(target.zero_point, target.dtype))
-    codes = gs.Variable(f"{layer}/codes", dtype=target.dtype)
-    restored = gs.Variable(f"{layer}/input", dtype=np.float32)
-    for op, source, result in (("Quantize", x, codes), ("Dequantize", codes, restored)):
-        graph.nodes.append(
-            gs.Node(
-                op=f"{op}Linear",
-                name=f"{layer}/{op}Linear",
-                inputs=[source, scale, zero],
-                outputs=[result],
-            )
-        )
-    return restored
-
-
-def _weight(
-    graph: gs.Graph, layer: str, scales: LayerScales, linear: nn.Linear, group: int
-) -> gs.Variable:
-    """DequantizeLinear of the layer's integer weight, stored as (I, O).
-
-    4-bit codes of a layer with an integer input are cast to 8 bits first: ONNX Runtime then runs
-    the kernel of 8-bit weights, and the file is half the size.
-    """
-    found = scales.weight_codes(linear.weight.data)
-    codes: gs.Tensor = gs.Constant(f"{layer}/weight/codes", found.numpy().astype(np.int8).T)
-    if scales.bits.weight <= INT4:
-        codes = as_int4(codes)
-        if scales.activation is not None:
-            wide = gs.Variable(f"{layer}/weight/wide", dtype=np.int8)
-            graph.nodes.append(
-                gs.Node(
-                    op="Cast",
-                    name=f"{layer}/weight/Cast",
-                    attrs={"to": onnx.TensorProto.INT8},
-                    inputs=[codes],
-                    outputs=[wide],
-                )
-            )
-            codes = wide
-    restored = gs.Variable(f"{layer}/weight", dtype=np.float32)
-    blocks = {"axis": 0, "block_size": group} if scales.weight.dim() > 1 else {"axis": 1}
-    graph.nodes.append(
-        gs.Node(
-            op="DequantizeLinear",
-            name=f"{layer}/weight/DequantizeLinear",
-            attrs=blocks,
-            inputs=[codes, gs.Constant(f"{layer}/weight/scale", scales.weight.numpy().T.copy())],
-            outputs=[restored],
-        )
-    )
-    return restored
 
 
 def _widen_bias(add: gs.Node | None) -> None:

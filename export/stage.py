@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.export import Dim
 
 from ditcast import tensors
@@ -30,6 +30,7 @@ from ditcast.export.targets import TARGETS
 from ditcast.export.trace import trace
 from ditcast.manifest import REFERENCE, WEIGHTS, Graph
 from ditcast.models import Adapter, LoadedModel
+from ditcast.models.base import Layer
 from ditcast.progress import say
 from ditcast.recipe import FLOAT, TEMPORAL
 from ditcast.sampling import coefficients, correct, draw_noise, needs_noise
@@ -128,7 +129,7 @@ def _export(
                     inputs=list(probe.feeds),
                     outputs=probe.outputs,
                     dynamic=probe.dynamic,
-                    layers=simulation.linears,
+                    layers=simulation.originals,
                 )
                 for name, probe in probes.items()
             }
@@ -143,7 +144,7 @@ def _export(
                 folder,
                 traced=traced,
                 qparams=qparams,
-                linears=simulation.linears,
+                originals=simulation.originals,
                 fitted=fitted,
             )
             measured = probes
@@ -167,16 +168,21 @@ def _export(
 
 
 def make_probes(bundle: Bundle, adapter: Adapter) -> dict[str, Probe]:
-    """The step graphs with inputs of a real request: two images with guidance, mid-trajectory."""
-    recipe = bundle.manifest.recipe
-    labels = torch.tensor([*_two_labels(bundle), adapter.num_classes])
+    """The step graphs with inputs of a real request: two images, mid-trajectory.
+
+    With guidance, where the model has a null label.
+    """
+    recipe, null = bundle.manifest.recipe, adapter.null_label
+    labels = torch.tensor([*_two_labels(bundle), *([] if null is None else [null])])
     known = from_config(bundle.manifest.schedule).timesteps(recipe.steps)
     half = len(known) // 2
     timesteps = torch.tensor([float(known[half]), float(known[(half + len(known)) // 2])])
     noise = [draw_noise(recipe.seed, i, adapter.sample_shape, 0)[0] for i in range(2)]
     sample = torch.from_numpy(np.stack(noise)).repeat(2, 1, 1, 1)
     with torch.no_grad():
-        features = adapter.temporal(timesteps, labels)[:, torch.tensor([0, 1, 2, 2])]
+        features = adapter.temporal(timesteps, labels)[
+            :, torch.tensor([0, 1, 0, 1] if null is None else [0, 1, 2, 2])
+        ]
         ahead = features[1:].repeat(2, 1, 1)
         # The first row has the first slot alone: what lies behind the first layers only.
         weights = torch.ones(2, len(adapter.slots))
@@ -221,7 +227,7 @@ def _write_target(
     *,
     traced: dict[str, gs.Graph],
     qparams: QParams,
-    linears: dict[str, nn.Linear],
+    originals: dict[str, Layer],
     fitted: Fitted,
 ) -> None:
     """All graphs of one target over one weights file, and a short graph loop for parity."""
@@ -232,7 +238,7 @@ def _write_target(
             held = _layers_in(adapter, name, qparams.layers)
             layers = {layer: qparams.layers[layer] for layer in held}
             if layers:
-                insert_qdq(graph, layers, TARGETS[target], linears, group)
+                insert_qdq(graph, layers, TARGETS[target], originals, group)
             store.save(graph, folder / f"{name}.onnx")
         parts = {
             name: onnx.load(folder / f"{name}.onnx", load_external_data=False)
@@ -245,8 +251,9 @@ def _write_target(
 
 
 def _layers_in(adapter: Adapter, graph: str, layers: Iterable[str]) -> list[str]:
-    """Those of the layers that a graph holds: a reuse step has the network's last part alone."""
-    starts = {"temporal": TEMPORAL, "reuse": f"{adapter.parts[-1].name}."}
+    """Those of the layers that a graph holds."""
+    shallow = tuple(f"{name}." for name in adapter.shallow)
+    starts = {"temporal": (TEMPORAL,), "reuse": shallow}
     if graph in starts:
         return [name for name in layers if name.startswith(starts[graph])]
     return [name for name in layers if graph == "sampler" or not name.startswith(TEMPORAL)]
@@ -270,7 +277,7 @@ def _loop_spec(
         timesteps=schedule.timesteps(recipe.steps)[:steps],
         table=coefficients(schedule, recipe.sampler, recipe.steps)[:steps],
         clip=schedule.clip,
-        null_label=adapter.num_classes,
+        null_label=adapter.null_label,
         sample_shape=adapter.sample_shape,
         slot_shape=adapter.slot_shape,
         step_noise=needs_noise(recipe.sampler),
@@ -303,7 +310,7 @@ def _compare(
         if _layers_in(adapter, name, rounding):
             unquantized = {}
             # Behind more than the first layers, only closeness of the whole can be asked.
-            if name != "sampler":
+            if _is_near(adapter, name):
                 probe = probe.first_slot() if name == "full" else probe
                 output = probe.outputs[-1]
                 with simulation.exact():
@@ -314,6 +321,13 @@ def _compare(
             golden = outputs["output"]
     short.unlink(missing_ok=True)
     return found, golden
+
+
+def _is_near(adapter: Adapter, graph: str) -> bool:
+    """Whether a graph's last output lies behind the first layers only."""
+    if graph == "full":
+        return adapter.slots[0].startswith(f"{adapter.parts[0].name}.")
+    return graph == "temporal" or (graph == "reuse" and len(adapter.shallow) == 1)
 
 
 def _loop_probe(bundle: Bundle, adapter: Adapter, fitted: Fitted) -> Probe:

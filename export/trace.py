@@ -23,7 +23,7 @@ def _attention(query: Any, key: Any, value: Any, heads: int) -> Any:
     return op.Attention(query, key, value, q_num_heads=heads, kv_num_heads=heads)[0]
 
 
-def _patch_embedding(
+def _convolution(
     x: Any,
     weight: Any,
     bias: Any = None,
@@ -33,16 +33,27 @@ def _patch_embedding(
     dilation: Sequence[int] = (1, 1),
     groups: int = 1,
 ) -> Any:
-    """A convolution over patches that do not overlap, as the MatMul that it is.
+    """A Conv; a patch embedding, which a vision transformer starts with, as the MatMul it is."""
+    kernel = [int(size) for size in weight.shape[2:]]
+    if [*stride, *padding, *dilation, groups] == [*kernel, 0, 0, 1, 1, 1] and kernel != [1, 1]:
+        return _patch_embedding(x, weight, bias)
+    return op.Conv(
+        x,
+        weight,
+        bias,
+        kernel_shape=kernel,
+        strides=list(stride),
+        pads=[*padding, *padding],
+        dilations=list(dilation),
+        group=groups,
+    )
 
-    ONNX Runtime picks another convolution kernel at the top level than inside a `Loop`, whose
-    last bits differ; a MatMul is the same everywhere.
-    """
+
+def _patch_embedding(x: Any, weight: Any, bias: Any) -> Any:
+    """A convolution over patches that do not overlap."""
     channels, height, width = (int(size) for size in x.shape[1:])
     outer, _, p, q = (int(size) for size in weight.shape)
     rows, columns = height // p, width // q
-    if [*stride, *padding, *dilation, groups] != [p, q, 0, 0, 1, 1, 1]:
-        raise NotImplementedError("only convolutions over patches that do not overlap")
 
     def shape(*sizes: int) -> Any:
         return op.Constant(value_ints=list(sizes))
@@ -59,7 +70,7 @@ def _patch_embedding(
 
 _TRANSLATIONS: dict[Any, Any] = {
     torch.ops.ditcast.attention.default: _attention,
-    torch.ops.aten.conv2d.default: _patch_embedding,
+    torch.ops.aten.conv2d.default: _convolution,
 }
 
 
@@ -74,7 +85,8 @@ def trace(
 ) -> gs.Graph:
     """Export `module` at opset 23; `dynamic` maps axes of each input to `torch.export.Dim`.
 
-    The MatMul of each layer in `layers` is named `LAYER/MatMul`, its bias Add `LAYER/Add`.
+    The product of each layer in `layers` is named `LAYER/MatMul` or `LAYER/Conv`, its bias Add
+    `LAYER/Add`.
     """
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings():
@@ -107,7 +119,7 @@ def _name_layers(model: onnx_ir.Model, layers: set[str]) -> None:
         scopes = node.metadata_props.get("pkg.torch.onnx.name_scopes", "")
         found = [layer for layer in layers if f"'{layer}'" in scopes]
         bias = node.op_type == "Add" and any(x and x.name in constants for x in node.inputs)
-        if found and (bias or node.op_type in ("MatMul", "Gemm")):
+        if found and (bias or node.op_type in ("MatMul", "Gemm", "Conv")):
             node.name = f"{found[0]}/{node.op_type}"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from ditcast.schedule import from_config
 GOLDEN_LIMIT_DB = 40.0  # other kernels flip a few codes; saturating ones do far worse
 CAP_DB = 150.0
 RUNS = 5
+PRODUCT = re.compile("/(?:MatMul|Conv)")  # what a layer's product is called
 NOTHING = NodeTime("", "missing", 0.0)
 RATE = GraphFile(path=Path(__file__).parent / "backends" / "rate.onnx")
 RATE_SHAPE = (512, 1024, 4096)  # of its MatMuls, as `tools/make_probe.py` made them
@@ -106,7 +108,8 @@ def audit(bundle: Bundle, backend: Backend, loop: str = "host") -> Audit:
         file = graph_file(bundle, backend.target, name)
         bits = max(bits, file.weight_bits)
         nodes = backend.profile(file, _feeds(bundle, backend, name), RUNS)
-        found, other = _layers(bundle, backend, nodes, inside)
+        rows = 2 if name == "full" or bundle.manifest.recipe.guidance > 1 else 1
+        found, other = _layers(backend, nodes, inside, rows)
         layers += found
     return Audit(
         graph,
@@ -120,19 +123,18 @@ def audit(bundle: Bundle, backend: Backend, loop: str = "host") -> Audit:
 
 
 def _layers(
-    bundle: Bundle, backend: Backend, nodes: list[NodeTime], layers: Sequence[Layer]
+    backend: Backend, nodes: list[NodeTime], layers: Sequence[Layer], rows: int
 ) -> tuple[list[LayerAudit], dict[str, float]]:
-    """The quantized layers, and the time of all other kernels, longest first."""
-    model = bundle.manifest.model
+    """The quantized layers of `rows` rows, and the time of all other kernels, longest first."""
     ran: dict[str, NodeTime] = {}
     other: dict[str, float] = defaultdict(float)
     expected = {layer.name: layer for layer in layers}
     for node in nodes:
-        # Runtimes name what they fuse after the first node: LAYER/MatMul/... In the graph loop
-        # the name of the step graph stands before it.
+        # Runtimes name what they fuse after the first node: LAYER/MatMul/... or LAYER/Conv/... In
+        # the graph loop the name of the step graph stands before it.
         inner = node.node.removeprefix("full/").removeprefix("temporal/")
-        name, found, _ = inner.partition("/MatMul")
-        if found and name in expected and node.ms > ran.get(name, NOTHING).ms:
+        name = PRODUCT.split(inner)[0]
+        if name != inner and name in expected and node.ms > ran.get(name, NOTHING).ms:
             other[ran.get(name, NOTHING).kernel] += ran.get(name, NOTHING).ms
             ran[name] = node
         else:
@@ -142,7 +144,7 @@ def _layers(
     audits = []
     for name, layer in expected.items():
         node = ran.get(name, NOTHING)
-        ops = 2.0 * 2 * model.slot_shape[0] * layer.shape[0] * layer.shape[1]  # of two rows
+        ops = 2.0 * rows * layer.positions * layer.shape[0] * layer.shape[1]
         rated = node.ms > 0 and "temporal" not in graphs_of(name)
         audits.append(
             LayerAudit(
@@ -208,7 +210,9 @@ def _feeds(bundle: Bundle, backend: Backend, graph: str) -> dict[str, Any]:
         steps = from_config(bundle.manifest.schedule).timesteps(recipe.steps)
         return {
             "timesteps": steps.astype(np.float32),
-            "class_labels": np.array([label, model.num_classes]),
+            "class_labels": np.array(
+                [label] if model.null_label is None else [label, model.null_label]
+            ),
         }
     feeds = {
         "noise": rng.standard_normal((1, *model.sample_shape), np.float32),

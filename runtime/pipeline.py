@@ -19,6 +19,7 @@ from ditcast.runtime.backends import Backend, Session, graph_file
 from ditcast.runtime.choice import open_backend
 from ditcast.sampling import (
     Coefficients,
+    check_guidance,
     coefficients,
     correct,
     draw_noise,
@@ -142,14 +143,15 @@ class Pipeline:
         `callback` is called after each step.
 
         Raises:
-            ConfigError: no labels or one outside the classes, bad steps, or a graph loop that is
-                asked for what its graph does not hold.
+            ConfigError: no labels or one outside the classes, bad steps, guidance without a null
+                label, or a graph loop that is asked for what its graph does not hold.
         """
         self._check_labels(labels)
         guidance = self.recipe.guidance if guidance is None else guidance
         if not 0 <= guidance < float("inf"):
             raise ConfigError(f"guidance: got {guidance}, expected a number from 0")
         steps = self.recipe.steps if steps is None else steps
+        check_guidance(guidance, self.model.null_label)
         plan = self.plan(steps, cache)
         self._check_stored(labels, steps, spacing)
         self._check_fitted(steps, cache, spacing)
@@ -177,8 +179,9 @@ class Pipeline:
         self, labels: Sequence[int], timesteps: NDArray[np.int64], guided: bool
     ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """Temporal features (T, U, F) of the distinct labels, and each row's index into U."""
-        null = self.model.num_classes
-        unique, inverse = np.unique([*labels, null], return_inverse=True)
+        null = self.model.null_label
+        rows = [*labels] if null is None else [*labels, null]
+        unique, inverse = np.unique(rows, return_inverse=True)
         feeds = {"timesteps": timesteps.astype(np.float32), "class_labels": unique}
         found = self.session("temporal").run(feeds, ["features"])["features"]
         if self.low_memory:

@@ -29,6 +29,7 @@ def manifest(fingerprint: str = "f" * 64, **recipe: Any) -> Manifest:
         output_channels=3,
         classes=("cat", "dog"),
         num_classes=2,
+        null_label=2,
         slots=("blocks.0.attn", "blocks.0.mlp"),
         slot_shape=(16, 4),
         features=8,

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from ditcast.errors import BundleError
 from ditcast.recipe import Recipe
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 MANIFEST = "manifest.json"
 REFERENCE = "reference"  # the target of full precision
 WEIGHTS = "weights.data"  # in the folder of a target: the weights of all its graphs
@@ -40,20 +40,25 @@ class ModelInfo(_Section):
     output_channels: int
     classes: tuple[str, ...]
     num_classes: int
+    null_label: int | None
     slots: tuple[str, ...]
-    slot_shape: tuple[int, int]
+    slot_shape: tuple[int, ...]
     features: int
     parameters: int
     temporal_parameters: int
 
 
 class Layer(_Section):
-    """One quantized Linear: its name, its block, its precision, and its weight's shape (O, I)."""
+    """One quantized layer: its name, its block, its precision, and its weight's shape (O, I).
+
+    `positions` is the number of rows of its product that one sample makes.
+    """
 
     name: str
     block: str
     precision: str
     shape: tuple[int, int]
+    positions: int
 
 
 class Quantization(_Section):
@@ -114,7 +119,8 @@ class Manifest(_Section):
         """The labels, without null, whose features are stored; None where there is the TIB."""
         if self.quantization is None or self.quantization.stored is None:
             return None
-        return self.quantization.stored[:-1]
+        stored = self.quantization.stored
+        return stored if self.model.null_label is None else stored[:-1]
 
     def fingerprint(self) -> str:
         """Hash of what the bundle is made from: model, class names, schedule and recipe."""

@@ -165,7 +165,7 @@ class Recipe(BaseModel):
         rules = [Rule(pattern="blocks.*", precision=self.scheme)]
         rules.append(Rule(pattern="final.*", precision=FLOAT))
         if self.temporal in MODULES:
-            rules.append(Rule(pattern="temporal.time.*.linear_1", precision=FLOAT))
+            rules.append(Rule(pattern="temporal.time.*linear_1", precision=FLOAT))
             rules.append(Rule(pattern="temporal.*", precision=self.scheme))
         return tuple(rules)
 

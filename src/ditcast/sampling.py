@@ -12,13 +12,13 @@ which is what makes both loops agree bit for bit.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ditcast.errors import UnsupportedError
+from ditcast.errors import ConfigError, UnsupportedError
 from ditcast.schedule import NoiseSchedule
 
 
@@ -92,6 +92,30 @@ def _to_x0_and_epsilon(
     if prediction == "v_prediction":
         return signal, -noise, noise, signal
     return zero, one, one / noise, -signal / noise
+
+
+def check_guidance(scale: float, null_label: int | None) -> None:
+    """Refuse guidance of a model that knows no label to guide away from.
+
+    Raises:
+        ConfigError: a scale over 1.
+    """
+    if scale > 1 and null_label is None:
+        raise ConfigError(
+            f"guidance: got {scale}, but the model has no null label to guide away from; "
+            "expected at most 1, such as --guidance 1"
+        )
+
+
+def row_labels(labels: Sequence[int], scale: float, null_label: int | None) -> list[int]:
+    """The label of every row of a batch: with guidance there are as many null rows behind.
+
+    Raises:
+        ConfigError: guidance without a null label.
+    """
+    check_guidance(scale, null_label)
+    nulls = [] if null_label is None or scale <= 1 else [null_label] * len(labels)
+    return [*labels, *nulls]
 
 
 def guide(output: Any, n: int, channels: int, scale: float) -> Any:

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from ditcast.calibrate.adaround import Rounding, reconstruct
 from ditcast.calibrate.codes import weight_codes, weight_scale
-from ditcast.calibrate.layers import Layer, QuantizedLayer
+from ditcast.calibrate.layers import QuantizedLayer
 from ditcast.calibrate.qparams import LayerScales, QParams
 from ditcast.calibrate.simulate import quantized
 from ditcast.models import LoadedModel
+from ditcast.models.base import Layer
 from ditcast.recipe import Bits
 
 W4 = Bits(4, 16)
@@ -160,7 +161,7 @@ def learn_block(
     tiny: LoadedModel, forward: Callable[[Tensor], Tensor], wanted: Tensor, iterations: int
 ) -> tuple[float, float]:
     """Errors of the block with four layers of 4 bits: to the nearest, and learned."""
-    linears = tiny.adapter.linears()
+    linears = tiny.adapter.layers()
     start = {name: nearest(linears[name]) for name in linears if name.startswith("blocks.0.")}
     assert len(start) == 4
     roundings = {name: Rounding(linears[name], held) for name, held in start.items()}

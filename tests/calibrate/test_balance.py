@@ -175,7 +175,7 @@ def test_scales_are_those_of_balanced_inputs(tiny: LoadedModel, tmp_path: Path) 
     found = calibrated(tiny, tmp_path / "b", balance="smooth")
     plain = calibrated(tiny, tmp_path / "plain")
     name = "blocks.0.attn.qkv"
-    linears, factor = tiny.adapter.linears(), found.balance[name]
+    linears, factor = tiny.adapter.layers(), found.balance[name]
     weight = linears[name].weight / factor
     weight[128:] *= found.balance["blocks.0.attn.proj"][:, None]  # the rows of values
     torch.testing.assert_close(found.layers[name].weight, weight.abs().amax(dim=1) / 127)

@@ -143,7 +143,7 @@ def test_work_on_another_recipe_is_refused(
 @pytest.fixture
 def watches(tiny: LoadedModel) -> Iterator[Callable[[], list[Watch]]]:
     """One watch of each kind, on two layers and the stem."""
-    linears = tiny.adapter.linears()
+    linears = tiny.adapter.layers()
     qkv, fc2 = linears["blocks.0.attn.qkv"], linears["blocks.1.mlp.fc2"]
 
     def make() -> list[Watch]:
@@ -209,7 +209,7 @@ def test_ranges_of_a_bin_are_those_of_its_step(
     With `tfmq`, rows are all there are, one mini-batch per step, and no weight lies before qkv.
     """
     name = "blocks.0.attn.qkv"
-    watch = Watch("x", tiny.adapter.linears()[name], OBSERVERS["absmax"], stepwise=True)
+    watch = Watch("x", tiny.adapter.layers()[name], OBSERVERS["absmax"], stepwise=True)
     states = collect(start(tiny, tmp_path / "a"), tiny, "test", [watch])["x"]
     seen = [float(state["absmax"]) / 127 for state in states]
     bundle = start(tiny, tmp_path / "b", method=method, fsc="all", rows=48, iterations=1)

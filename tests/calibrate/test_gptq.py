@@ -125,7 +125,7 @@ def test_a_recipe_starts_from_compensated_codes(
     found = {
         init: calibrated(tiny, tmp_path / init, init=init, **keys) for init in ("nearest", "gptq")
     }
-    linears = tiny.adapter.linears() | tiny.adapter.temporal_linears()
+    linears = tiny.adapter.layers() | tiny.adapter.temporal_linears()
     for name, held in found["nearest"].layers.items():
         codes = held.weight_codes(linears[name].weight.data)
         other = found["gptq"].layers[name].weight_codes(linears[name].weight.data)

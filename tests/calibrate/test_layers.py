@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ditcast.calibrate.codes import fake_quantize, grouped, weight_codes, weight_scale
-from ditcast.calibrate.layers import Layer, QuantizedLayer
+from ditcast.calibrate.layers import QuantizedLayer
 from ditcast.calibrate.qparams import LayerScales
+from ditcast.models.base import Layer
 from ditcast.recipe import Bits
 
 W8A8 = Bits(8, 8)

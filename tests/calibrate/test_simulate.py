@@ -21,7 +21,7 @@ EDGES = torch.tensor([100.0, 600.0])
 
 def scales(model: LoadedModel, *names: str, **keys: Tensor) -> QParams:
     """Those layers in W8A8, with three bins."""
-    linears = model.adapter.linears() | model.adapter.temporal_linears()
+    linears = model.adapter.layers() | model.adapter.temporal_linears()
     layers = {
         name: LayerScales(
             bits=Bits(8, 8),
@@ -47,7 +47,7 @@ def step(model: LoadedModel, features: Tensor) -> Tensor:
 def test_simulation_leaves_no_trace(tiny: LoadedModel) -> None:
     """Weights, modules and behaviour are back afterwards, even after an error inside."""
     adapter = tiny.adapter
-    weights = {name: layer.weight.clone() for name, layer in adapter.linears().items()}
+    weights = {name: layer.weight.clone() for name, layer in adapter.layers().items()}
     modules, temporal = dict(adapter.denoiser.named_modules()), adapter.temporal
     features = adapter.temporal(TIMESTEPS, LABELS)
     wanted = step(tiny, features[0])
@@ -66,7 +66,7 @@ def test_simulation_leaves_no_trace(tiny: LoadedModel) -> None:
         fail()
     assert adapter.temporal is temporal
     assert dict(adapter.denoiser.named_modules()) == modules
-    for name, layer in adapter.linears().items():
+    for name, layer in adapter.layers().items():
         assert torch.equal(layer.weight, weights[name])
     assert torch.equal(adapter.temporal(TIMESTEPS, LABELS), features)
     assert torch.equal(step(tiny, features[0]), wanted)
@@ -142,7 +142,7 @@ def test_a_timestep_between_two_bins_takes_one_of_them(tiny: LoadedModel) -> Non
 def test_exact_layers_keep_their_rounded_weights(tiny: LoadedModel) -> None:
     """What the graph of a quantized model is before its Q/DQ nodes; and only while asked for."""
     name = "blocks.0.mlp.fc1"
-    linear = tiny.adapter.linears()[name]
+    linear = tiny.adapter.layers()[name]
     held = scales(tiny, name, activation=torch.tensor(0.1))
     features = tiny.adapter.temporal(TIMESTEPS, LABELS)[0]
     exact = step(tiny, features)
@@ -151,6 +151,6 @@ def test_exact_layers_keep_their_rounded_weights(tiny: LoadedModel) -> None:
         with simulation.exact():
             weights_only = step(tiny, features)
         assert torch.equal(step(tiny, features), rounded)
-        assert simulation.linears[name] is linear
+        assert simulation.originals[name] is linear
     changes = [(found - exact).abs().max() for found in (weights_only, rounded)]
     assert 0 < changes[0] < changes[1] / 2

@@ -67,7 +67,7 @@ def test_absmax_scales_are_those_of_the_trajectories(
 ) -> None:
     """Every layer's largest input over all steps of all images, conditional and null, by 127."""
     seen: dict[str, float] = dict.fromkeys(LAYERS, 0.0)
-    linears = tiny.adapter.linears()
+    linears = tiny.adapter.layers()
 
     def watch(name: str) -> Any:
         def hook(module: torch.nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -112,7 +112,7 @@ def test_the_manifest_lists_what_is_quantized(tiny: LoadedModel, shared_bundle: 
     assert [layer.name for layer in held.layers] == LAYERS
     assert {layer.block for layer in held.layers[:2]} == {"blocks.0.attn"}
     assert {layer.precision for layer in held.layers} == {"w8a8"}
-    linears = tiny.adapter.linears()
+    linears = tiny.adapter.layers()
     assert [layer.shape for layer in held.layers] == [linears[n].weight.shape for n in LAYERS]
     assert len(held.labels) == RECIPE["samples"]
     assert all(0 <= label < 5 for label in held.labels)

@@ -22,6 +22,7 @@ from ditcast.errors import UnsupportedError
 from ditcast.export import targets
 from ditcast.export.quantize import insert_qdq
 from ditcast.models import LoadedModel
+from ditcast.models.base import Layer
 from ditcast.recipe import Bits
 from ditcast.runtime.backends import graph_file, make_backend
 
@@ -168,7 +169,7 @@ def test_int8_weights_take_a_quarter(shared_bundle: Bundle, tiny: LoadedModel) -
     """The file shrinks by three bytes for every quantized weight, but for scales and padding."""
     sizes = {t: shared_bundle.graph(t, "full").parent / "weights.data" for t in TARGETS}
     saved = sizes["reference"].stat().st_size - sizes["onnxruntime"].stat().st_size
-    linears = tiny.adapter.linears()
+    linears = tiny.adapter.layers()
     quantized = sum(m.weight.numel() for n, m in linears.items() if n.startswith("blocks."))
     padding = 4096 * 3 * len(linears)
     assert 3 * quantized - padding <= saved <= 3 * quantized
@@ -209,7 +210,7 @@ def test_quantized_layers(shared_bundle: Bundle, tiny: LoadedModel, name: str) -
         assert list(product.input) == [restore.output[0], weight.output[0]]
         assert len(weight.input) == 2  # no zero point: symmetric
         assert {a.name: a.i for a in weight.attribute} == {"axis": 1}
-        parameter = tiny.adapter.linears()[layer].weight.data
+        parameter = tiny.adapter.layers()[layer].weight.data
         codes = held[weight.input[0]]
         assert codes.dtype == np.int8
         wanted = weight_codes(parameter, scales[layer].weight, 8)
@@ -320,13 +321,17 @@ def test_a_loop_runs_over_segments(shared_bundle: Bundle) -> None:
     assert held["ahead_weights"].tolist() == [[[0] * 4], [[1] * 4], [[1] * 4], [[0] * 4]]
 
 
-def test_a_layer_that_is_no_matmul_cannot_be_quantized() -> None:
+@pytest.mark.parametrize(
+    ("layer", "kind"), [(torch.nn.Linear(1, 1), "MatMul"), (torch.nn.Conv2d(1, 1, 1), "Conv")]
+)
+def test_a_layer_that_is_no_product_cannot_be_quantized(layer: Layer, kind: str) -> None:
     """The error says which rule keeps it in float."""
     scales = {"odd": qparams.LayerScales(bits=Bits(8, 8), weight=torch.ones(1))}
     with pytest.raises(
-        UnsupportedError, match=r"layer odd is no single MatMul .*{pattern: odd, precision: float}"
+        UnsupportedError,
+        match=rf"layer odd is no single {kind} .*{{pattern: odd, precision: float}}",
     ):
-        insert_qdq(gs.Graph(), scales, targets.TARGETS["onnxruntime"], {})
+        insert_qdq(gs.Graph(), scales, targets.TARGETS["onnxruntime"], {"odd": layer})
 
 
 def test_no_path_of_this_machine_is_in_a_file(shared_bundle: Bundle, tiny_dir: Path) -> None:

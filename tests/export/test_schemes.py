@@ -169,7 +169,7 @@ def nodes(bundle: Bundle, graph: str) -> dict[str, onnx.NodeProto]:
 def test_4_bit_weights_take_half_a_byte(model: LoadedModel, made: Made, name: str) -> None:
     """INT4 in the graph and on disk, widened to INT8 only where an integer kernel takes them."""
     bundle = made(name)
-    linears = model.adapter.linears() | model.adapter.temporal_linears()
+    linears = model.adapter.layers() | model.adapter.temporal_linears()
     assert bundle.manifest.quantization is not None
     for layer in bundle.manifest.quantization.layers:
         graph = "temporal" if layer.name.startswith("temporal.") else "full"

@@ -279,7 +279,7 @@ def test_names_of_slots_and_layers() -> None:
     assert adapter.slots == ("blocks.0.attn", "blocks.0.mlp", "blocks.1.attn", "blocks.1.mlp")
     layers = ["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"]
     blocks = [f"blocks.{i}.{layer}" for i in range(2) for layer in layers]
-    assert list(adapter.linears()) == [*blocks, "final.proj"]
+    assert list(adapter.layers()) == [*blocks, "final.proj"]
 
 
 def test_other_activations_are_refused() -> None:

@@ -66,7 +66,7 @@ def test_names_of_layers_are_their_places(tiny: LoadedModel) -> None:
         for name, module in part.module.named_modules()
         if isinstance(module, nn.Linear)
     }
-    assert found == adapter.linears()
+    assert found == adapter.layers()
     for name, linear in adapter.temporal_linears().items():
         assert adapter.temporal.get_submodule(name.removeprefix("temporal.")) is linear
     assert len(adapter.temporal_linears()) == 7  # two per embedder, one per modulation, final
@@ -81,9 +81,9 @@ def test_rows_of_modulated_layers_make_their_inputs(tiny: LoadedModel, sample: T
         f"blocks.{i}.{layer}" for i in (0, 1) for layer in ("attn.qkv", "mlp.fc1")
     }
     for name, rows in adapter.modulated().items():
-        assert adapter.linears()[name].in_features == rows.width
+        assert adapter.layers()[name].in_features == rows.width
         seen: list[Tensor] = []
-        linear = adapter.linears()[name]
+        linear = adapter.layers()[name]
         hook = linear.register_forward_pre_hook(lambda _, args, kept=seen: kept.append(args[0]))
         gain = torch.linspace(0.5, 2, rows.width)
         changed = features.clone()
@@ -107,7 +107,8 @@ def test_inputs_of_chained_layers_are_linear_in_their_makers(
     gain = torch.linspace(0.5, 2, 64)
     for name, (maker, first) in adapter.chained().items():
         seen: list[Tensor] = []
-        linear, source = adapter.linears()[name], adapter.linears()[maker]
+        linear, source = adapter.layers()[name], adapter.layers()[maker]
+        assert source.bias is not None
         hook = linear.register_forward_pre_hook(lambda _, args, kept=seen: kept.append(args[0]))
         kept = source.weight.data.clone(), source.bias.data.clone()
         for factor in (torch.ones(64), gain):

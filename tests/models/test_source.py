@@ -109,7 +109,7 @@ CASES: dict[str, tuple[Damage, type[DitcastError], str]] = {
     "another architecture": (
         set_config(_class_name="PixArtTransformer2DModel"),
         UnsupportedError,
-        "holds a PixArtTransformer2DModel; supported: DiTTransformer2DModel",
+        "holds a PixArtTransformer2DModel in transformer/; supported: DiTTransformer2DModel",
     ),
     "a pipeline with a U-Net": (
         lambda folder: (

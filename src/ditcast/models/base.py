@@ -3,37 +3,79 @@
 from __future__ import annotations
 
 import importlib.metadata
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from ditcast.errors import ConfigError
 from ditcast.manifest import FORMAT_VERSION, Manifest, ModelInfo
 from ditcast.recipe import Recipe
+
+Layer = nn.Linear | nn.Conv2d
 
 
 class Part(NamedTuple):
     """One piece of the network in order: `module(h, features[:, columns]) -> h`.
 
-    The module's Linears are the denoiser's under `name`, such as `blocks.3`. Its features are
-    `vectors` of equal length, such as a block's six modulations.
+    The module's layers are the denoiser's under `name`, such as `blocks.3`. Its features are
+    `vectors` of equal length, such as a block's six modulations; none where it has no features.
+    A U-Net's parts leave their outputs on a stack of skips, and take them from there.
     """
 
     name: str
     module: nn.Module
     columns: slice
     vectors: int
+    takes_skip: bool = False
+    leaves_skip: bool = False
+
+    def enter(self, h: Tensor, skips: list[Tensor]) -> Tensor:
+        """The part's input: the stream, and if it takes one, the newest skip as more channels."""
+        return torch.cat([h, skips.pop()], dim=1) if self.takes_skip else h
+
+    def leave(self, h: Tensor, skips: list[Tensor]) -> None:
+        """Keep the part's output for a later part, if it leaves one."""
+        if self.leaves_skip:
+            skips.append(h)
+
+
+def first_skips(parts: tuple[Part, ...], h: Tensor) -> list[Tensor]:
+    """The stack of skips behind the stem, whose output is the first; empty without skips."""
+    return [h] if any(part.takes_skip for part in parts) else []
+
+
+def run_parts(parts: tuple[Part, ...], h: Tensor, features: Tensor, skips: list[Tensor]) -> Tensor:
+    """Parts one after the other, with the features (N, F) of the whole network."""
+    for part in parts:
+        h = part.module(part.enter(h, skips), features[:, part.columns])
+        part.leave(h, skips)
+    return h
 
 
 def vector_slices(parts: tuple[Part, ...]) -> list[slice]:
     """The columns of every vector of the features, in order."""
     found = []
-    for part in parts:
+    for part in filter(lambda part: part.vectors, parts):
         width = (part.columns.stop - part.columns.start) // part.vectors
         starts = range(part.columns.start, part.columns.stop, width)
         found += [slice(start, start + width) for start in starts]
     return found
+
+
+def check_names(named: int, *expected: int) -> None:
+    """Refuse a `classes.json` that does not name the classes; `named` is 0 where there is none.
+
+    Raises:
+        ConfigError: another number of names.
+    """
+    if named and named not in expected:
+        raise ConfigError(
+            f"model: classes.json has {named} names, expected "
+            f"{' or '.join(map(str, expected))}, one per class"
+        )
 
 
 class Modulated(NamedTuple):
@@ -62,18 +104,33 @@ class Adapter(Protocol):
     sample_shape: tuple[int, int, int]
     output_channels: int
     num_classes: int
+    null_label: int | None  # the label of no condition; None where there can be no guidance
     slots: tuple[str, ...]  # in network order, such as `blocks.0.attn`
     temporal: Temporal
-    slot_shape: tuple[int, int]  # (S, D), tokens and width of a slot's output
+    slot_shape: tuple[int, ...]  # of a slot's output: tokens and width (S, D), or (C, H, W)
     # (sample [N,C,H,W], features [N,F], ahead [R,N,F], weights [R,slots])
-    # -> (output [N,C',H,W], forecast [R,N,S,D])
+    # -> (output [N,C',H,W], forecast [R,N,*slot_shape])
     denoiser: nn.Module
-    reuse: nn.Module  # (sample, features, forecast [N,S,D]) -> output
-    stem: nn.Module  # sample -> h [N,S,D], what the first part takes
+    reuse: nn.Module  # (sample, features, forecast [N,*slot_shape]) -> output
+    stem: nn.Module  # sample -> h, what the first part takes
     parts: tuple[Part, ...]  # after the stem, in network order
+    shallow: tuple[str, ...]  # the names of those that a reuse step runs
 
-    def linears(self) -> dict[str, nn.Linear]:
-        """The denoiser's Linears by layer name, in network order: what can be quantized."""
+    @staticmethod
+    def check(config: Mapping[str, Any]) -> None:
+        """Refuse a diffusers config of this family that the adapter cannot take apart.
+
+        Raises:
+            UnsupportedError: naming the key.
+        """
+        ...
+
+    def layers(self) -> dict[str, Layer]:
+        """The denoiser's layers by name, in network order: what can be quantized."""
+        ...
+
+    def positions(self) -> dict[str, int]:
+        """How many rows of each of these layers' products one sample makes: tokens, or pixels."""
         ...
 
     def temporal_linears(self) -> dict[str, nn.Linear]:
@@ -125,6 +182,7 @@ def describe(model: LoadedModel, recipe: Recipe) -> Manifest:
             output_channels=adapter.output_channels,
             classes=model.classes,
             num_classes=adapter.num_classes,
+            null_label=adapter.null_label,
             slots=adapter.slots,
             slot_shape=adapter.slot_shape,
             features=model.features_size(),

@@ -9,6 +9,7 @@ a full step can sum up what later reuse steps add.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ditcast.errors import UnsupportedError
-from ditcast.models.base import Modulated, Part, Temporal
-from ditcast.models.operators import attention
+from ditcast.models.base import Layer, Modulated, Part, Temporal, check_names
+from ditcast.models.operators import Attention
 from ditcast.recipe import TEMPORAL
 
 ACTIVATIONS = {"gelu": "none", "gelu-approximate": "tanh"}
@@ -76,28 +77,6 @@ class TemporalFeatures(Temporal):
         """What the modulations of a block see: (T, U, D)."""
         time, label = self.time[index](sinusoid), self.label[index](class_labels)
         return functional.silu(time[:, None] + label[None])
-
-
-class Attention(nn.Module):
-    """Self-attention with one Linear for query, key and value."""
-
-    def __init__(self, attention: Any) -> None:
-        """Copy q, k, v of a diffusers attention into one Linear; share the output Linear."""
-        super().__init__()
-        parts = (attention.to_q, attention.to_k, attention.to_v)
-        self.heads = attention.heads
-        has_bias = parts[0].bias is not None
-        self.qkv = nn.Linear(parts[0].in_features, 3 * parts[0].out_features, bias=has_bias)
-        self.qkv.weight.data = torch.cat([part.weight.data for part in parts])
-        if has_bias:
-            self.qkv.bias.data = torch.cat([part.bias.data for part in parts])
-        self.proj = attention.to_out[0]
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, S, D) -> (N, S, D)."""
-        query, key, value = self.qkv(x).chunk(3, dim=-1)
-        projected: Tensor = self.proj(attention(query, key, value, self.heads))
-        return projected
 
 
 class Mlp(nn.Module):
@@ -234,30 +213,33 @@ class DiTAdapter:
 
     architecture = "DiTTransformer2DModel"
 
-    def __init__(self, model: DiTTransformer2DModel) -> None:
-        """Take `model` apart; its parameters are shared.
-
-        Raises:
-            UnsupportedError: an activation other than the two GELUs.
-        """
-        config = model.config
-        if config.activation_fn not in ACTIVATIONS:
+    @staticmethod
+    def check(config: Mapping[str, Any]) -> None:
+        """Refuse an activation other than the two GELUs."""
+        activation = config.get("activation_fn", "gelu-approximate")
+        if activation not in ACTIVATIONS:
             raise UnsupportedError(
-                f"model: activation_fn {config.activation_fn!r} is not supported; "
+                f"model: activation_fn {activation!r} is not supported; "
                 f"expected {' or '.join(ACTIVATIONS)}"
             )
+
+    def __init__(self, model: DiTTransformer2DModel, named: int = 0) -> None:
+        """Take `model` apart; its parameters are shared. `named` of its classes have names."""
+        config = model.config
+        self.check(config)
+        check_names(named, config.num_embeds_ada_norm)
         model = model.float().eval().requires_grad_(False)
         size = config.sample_size
         self.sample_shape = (config.in_channels, size, size)
         self.output_channels = model.out_channels
-        self.num_classes = config.num_embeds_ada_norm
+        self.num_classes = self.null_label = config.num_embeds_ada_norm
         names = [(f"blocks.{i}.attn", f"blocks.{i}.mlp") for i in range(config.num_layers)]
         self.slots = tuple(name for pair in names for name in pair)
         self.temporal: Temporal = TemporalFeatures(model).eval().requires_grad_(False)
         denoiser = Denoiser(model).eval().requires_grad_(False)
         self.denoiser: nn.Module = denoiser
         self.reuse: nn.Module = Reuse(denoiser).eval()
-        self.slot_shape = ((size // config.patch_size) ** 2, model.inner_dim)
+        self.slot_shape: tuple[int, ...] = ((size // config.patch_size) ** 2, model.inner_dim)
         self.stem = denoiser.patch_embed
         width, layers = model.inner_dim, config.num_layers
         self.parts = (
@@ -267,10 +249,15 @@ class DiTAdapter:
             ),
             Part("final", denoiser.final, slice(6 * width * layers, (6 * layers + 2) * width), 2),
         )
+        self.shallow: tuple[str, ...] = ("final",)
 
-    def linears(self) -> dict[str, nn.Linear]:
+    def layers(self) -> dict[str, Layer]:
         """The Linears of the blocks and of the final layer."""
-        return _linears(self.denoiser)
+        return {**_linears(self.denoiser)}
+
+    def positions(self) -> dict[str, int]:
+        """One row per token."""
+        return dict.fromkeys(self.layers(), self.slot_shape[0])
 
     def temporal_linears(self) -> dict[str, nn.Linear]:
         """The Linears of the TIB; the label tables are looked up, not multiplied."""

@@ -1,11 +1,11 @@
-"""Operators that reach the exporter whole, so that each becomes one node of the graph."""
+"""Attention: an operator that reaches the exporter whole, so that it becomes one node."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 
@@ -46,3 +46,25 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
 
 
 attention.register_autograd(_backward, setup_context=_remember)
+
+
+class Attention(nn.Module):
+    """Self-attention with one Linear for query, key and value."""
+
+    def __init__(self, attention: Any) -> None:
+        """Copy q, k, v of a diffusers attention into one Linear; share the output Linear."""
+        super().__init__()
+        parts = (attention.to_q, attention.to_k, attention.to_v)
+        self.heads = attention.heads
+        has_bias = parts[0].bias is not None
+        self.qkv = nn.Linear(parts[0].in_features, 3 * parts[0].out_features, bias=has_bias)
+        self.qkv.weight.data = torch.cat([part.weight.data for part in parts])
+        if has_bias:
+            self.qkv.bias.data = torch.cat([part.bias.data for part in parts])
+        self.proj = attention.to_out[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, S, D) -> (N, S, D)."""
+        query, key, value = self.qkv(x).chunk(3, dim=-1)
+        projected: Tensor = self.proj(attention(query, key, value, self.heads))
+        return projected

@@ -10,17 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiTTransformer2DModel
+from diffusers import DiTTransformer2DModel, UNet2DModel
 
 from ditcast.errors import ConfigError, UnsupportedError
 from ditcast.manifest import hash_file
-from ditcast.models.base import Adapter, LoadedModel
+from ditcast.models.base import LoadedModel
 from ditcast.models.dit import DiTAdapter
+from ditcast.models.unet import UNetAdapter
 
 # One line per model family: diffusers class name -> (its class, its adapter).
 ADAPTERS: dict[str, tuple[Any, Any]] = {
     DiTAdapter.architecture: (DiTTransformer2DModel, DiTAdapter),
+    UNetAdapter.architecture: (UNet2DModel, UNetAdapter),
 }
+FOLDERS = ("transformer", "unet")  # of a pipeline's directory, where its denoiser may lie
 RANDOM_SEED = 0
 _DIT = {"in_channels": 4, "out_channels": 8, "sample_size": 32, "patch_size": 2}
 # Published shapes (256x256 latents) with seeded random weights: for latency, never fidelity.
@@ -73,69 +76,62 @@ def _random(model: str) -> LoadedModel:
 
 
 def _from_directory(source: str, folder: Path) -> LoadedModel:
-    """A diffusers pipeline directory: `transformer/` and `scheduler/`."""
-    _refuse_other_pipelines(folder)
-    config = _json(folder / "transformer" / "config.json", folder)
+    """A diffusers pipeline directory: `transformer/` or `unet/`, and `scheduler/`."""
+    held = next((folder / name for name in FOLDERS if (folder / name).is_dir()), None)
+    denoiser = held or folder / FOLDERS[0]
+    config = _json(denoiser / "config.json", folder)
     scheduler = _json(folder / "scheduler" / "scheduler_config.json", folder)
     architecture = str(config.get("_class_name"))
     if architecture not in ADAPTERS:
         raise UnsupportedError(
-            f"model: {folder} holds a {architecture}; supported: {', '.join(ADAPTERS)}"
-        )
-    weights = sorted((folder / "transformer").glob("*.safetensors"))
-    if not weights:
-        pickles = [p.name for p in (folder / "transformer").iterdir() if p.suffix in PICKLES]
-        found = f"a pickle ({pickles[0]}), which can run code," if pickles else "no weights"
-        raise UnsupportedError(
-            f"model: {folder / 'transformer'} has {found} where *.safetensors belongs; "
-            "save the model with save_pretrained(..., safe_serialization=True)"
+            f"model: {folder} holds a {architecture} in {denoiser.name}/; "
+            f"supported: {', '.join(ADAPTERS)}"
         )
     family, adapter = ADAPTERS[architecture]
+    adapter.check(config)  # of a bad config diffusers raises whatever it stumbles over
+    weights = sorted(denoiser.glob("*.safetensors"))
+    if not weights:
+        pickles = [p.name for p in denoiser.iterdir() if p.suffix in PICKLES]
+        found = f"a pickle ({pickles[0]}), which can run code," if pickles else "no weights"
+        raise UnsupportedError(
+            f"model: {denoiser} has {found} where *.safetensors belongs; "
+            "save the model with save_pretrained(..., safe_serialization=True)"
+        )
+    classes = _class_names(folder)
     return LoadedModel(
         source=source,
-        adapter=_load_weights(family, adapter, folder),
+        adapter=adapter(_load_weights(family, denoiser), len(classes)),
         scheduler=scheduler,
-        classes=_class_names(folder, int(config.get("num_embeds_ada_norm") or 0)),
-        fingerprint=_fingerprint([folder / "transformer" / "config.json", *weights]),
+        classes=classes,
+        fingerprint=_fingerprint([denoiser / "config.json", *weights]),
     )
 
 
-def _refuse_other_pipelines(folder: Path) -> None:
-    """Name the denoiser of a pipeline that has no transformer, such as a U-Net."""
-    path = folder / "unet" / "config.json"
-    if path.is_file() and not (folder / "transformer").is_dir():
-        name = _json(path, folder).get("_class_name")
-        raise UnsupportedError(
-            f"model: {folder} holds a {name} in unet/; supported: {', '.join(ADAPTERS)}"
-        )
-
-
-def _load_weights(family: Any, adapter: Any, folder: Path) -> Adapter:
-    """The adapter over the weights of a directory, which have to fit its config exactly."""
+def _load_weights(family: Any, denoiser: Path) -> Any:
+    """The model over the weights of a directory, which have to fit its config exactly."""
     logging.getLogger("diffusers").setLevel(logging.ERROR)  # what it warns of is an error below
     try:
         model, info = family.from_pretrained(
-            folder / "transformer",
+            denoiser,
             torch_dtype=torch.float32,
             use_safetensors=True,
             local_files_only=True,
             low_cpu_mem_usage=False,
             output_loading_info=True,
         )
-    except Exception as err:  # of a bad config, diffusers raises whatever it stumbles over
+    except Exception as err:  # as above
         problem = " ".join(str(err).split())[:200]
         raise ConfigError(
-            f"model: the weights in {folder / 'transformer'} cannot be loaded ({problem}); "
+            f"model: the weights in {denoiser} cannot be loaded ({problem}); "
             "save the model again with save_pretrained"
         ) from err
     for key, what in (("missing_keys", "lack"), ("unexpected_keys", "hold, beyond the config,")):
         if info[key]:  # diffusers fills in random weights for the first, and drops the second
             raise ConfigError(
-                f"model: the weights in {folder / 'transformer'} {what} {sorted(info[key])[0]} "
+                f"model: the weights in {denoiser} {what} {sorted(info[key])[0]} "
                 f"(of {len(info[key])} such tensors); they are of another config.json"
             )
-    found: Adapter = adapter(model)
-    return found
+    return model
 
 
 def _json(path: Path, folder: Path) -> dict[str, Any]:
@@ -145,15 +141,15 @@ def _json(path: Path, folder: Path) -> dict[str, Any]:
     except (OSError, ValueError) as err:
         raise ConfigError(
             f"model: {folder} is no diffusers directory: cannot read "
-            f"{path.relative_to(folder)} ({type(err).__name__}); expected transformer/ and "
-            "scheduler/ as save_pretrained writes them"
+            f"{path.relative_to(folder)} ({type(err).__name__}); expected transformer/ or "
+            "unet/, and scheduler/, as save_pretrained writes them"
         ) from err
     if not isinstance(found, dict):
         raise ConfigError(f"model: {path} holds {type(found).__name__}, expected a JSON object")
     return found
 
 
-def _class_names(folder: Path, num_classes: int) -> tuple[str, ...]:
+def _class_names(folder: Path) -> tuple[str, ...]:
     """Names from an optional `classes.json`, a list with one name per class."""
     path = folder / "classes.json"
     if not path.is_file():
@@ -165,10 +161,6 @@ def _class_names(folder: Path, num_classes: int) -> tuple[str, ...]:
     if not isinstance(names, list):
         raise ConfigError(
             f"model: {path} holds {type(names).__name__}, expected a list of names, one per class"
-        )
-    if len(names) != num_classes:
-        raise ConfigError(
-            f"model: {path} has {len(names)} names, expected {num_classes}, one per class"
         )
     return tuple(str(name) for name in names)
 
