@@ -27,7 +27,8 @@ def compensated(weight: Tensor, scales: LayerScales, gram: Tensor) -> Tensor:
     """Every weight (O, I) in steps of its scale as it stands when its turn to be rounded comes.
 
     That of a convolution is (O, C, kh, kw), with the inputs of a window for columns. `gram` (I, I)
-    is the sum over inputs of x x^T. The codes are these values to the nearest. Columns go in the order of falling diagonal ("act-order" of the GPTQ code).
+    is the sum over inputs of x x^T. The codes are these values to the nearest. Columns go in the
+    order of falling diagonal ("act-order" of the GPTQ code).
     """
     step = grouped(weight, scales.weight).double()
     diagonal = gram.diagonal()

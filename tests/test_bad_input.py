@@ -119,7 +119,7 @@ MODELS: dict[str, Case] = {
     "a folder without a model": (
         lambda: Path("empty").mkdir(),
         ("compile", "empty", "-o", "new"),
-        "empty is no diffusers directory: .* expected transformer/ and scheduler/",
+        "empty is no diffusers directory: .* expected transformer/ or unet/, and scheduler/",
     ),
     "an unknown shape": (
         nothing,
@@ -127,9 +127,9 @@ MODELS: dict[str, Case] = {
         "unknown shape 'random:dit-q-1'; expected random:dit-s-2",
     ),
     "another architecture": (
-        change(CONFIG, _class_name="UNet2DModel"),
+        change(CONFIG, _class_name="UNet2DConditionModel"),
         COMPILE,
-        "holds a UNet2DModel; supported: DiTTransformer2DModel",
+        "holds a UNet2DConditionModel in transformer/; supported: .*, UNet2DModel",
     ),
     "another scheduler": (
         change(SCHEDULER, _class_name="EulerDiscreteScheduler"),

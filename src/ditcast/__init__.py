@@ -1,3 +1,3 @@
-"""ditcast: calibrate, export and run diffusion transformers, quantized and cached."""
+"""ditcast: calibrate, export and run diffusion transformers and U-Nets, quantized and cached."""
 
 __version__ = "0.1.0"

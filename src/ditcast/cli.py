@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 @click.group()
 @click.version_option(__version__, prog_name="ditcast")
 def app() -> None:
-    """Calibrate, export and run diffusion transformers, quantized and cached."""
+    """Calibrate, export and run diffusion transformers and U-Nets, quantized and cached."""
 
 
 @app.command("compile")

@@ -39,7 +39,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def adapter_of(named: int = 0, **changes: Any) -> UNetAdapter:
+def adapter_of(named: int | None = None, **changes: Any) -> UNetAdapter:
     """The adapter of an untrained model."""
     return UNetAdapter(untrained(**changes), named)
 
@@ -170,10 +170,10 @@ def test_layers_are_named_and_counted(changes: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(
     ("rows", "named", "classes", "null"),
-    [(None, 0, 1, None), (None, 1, 1, None), (5, 0, 5, None), (5, 5, 5, None), (5, 4, 4, 4)],
+    [(None, None, 1, None), (None, 1, 1, None), (5, None, 5, None), (5, 5, 5, None), (5, 4, 4, 4)],
 )
 def test_the_row_without_a_name_is_the_null_label(
-    rows: int | None, named: int, classes: int, null: int | None
+    rows: int | None, named: int | None, classes: int, null: int | None
 ) -> None:
     adapter = adapter_of(named, num_class_embeds=rows)
     assert (adapter.num_classes, adapter.null_label) == (classes, null)

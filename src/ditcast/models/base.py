@@ -65,13 +65,13 @@ def vector_slices(parts: tuple[Part, ...]) -> list[slice]:
     return found
 
 
-def check_names(named: int, *expected: int) -> None:
-    """Refuse a `classes.json` that does not name the classes; `named` is 0 where there is none.
+def check_names(named: int | None, *expected: int) -> None:
+    """Refuse a `classes.json` that does not name the classes; `named` is None where there is none.
 
     Raises:
         ConfigError: another number of names.
     """
-    if named and named not in expected:
+    if named is not None and named not in expected:
         raise ConfigError(
             f"model: classes.json has {named} names, expected "
             f"{' or '.join(map(str, expected))}, one per class"

@@ -223,7 +223,7 @@ class DiTAdapter:
                 f"expected {' or '.join(ACTIVATIONS)}"
             )
 
-    def __init__(self, model: DiTTransformer2DModel, named: int = 0) -> None:
+    def __init__(self, model: DiTTransformer2DModel, named: int | None = None) -> None:
         """Take `model` apart; its parameters are shared. `named` of its classes have names."""
         config = model.config
         self.check(config)

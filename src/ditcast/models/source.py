@@ -100,9 +100,9 @@ def _from_directory(source: str, folder: Path) -> LoadedModel:
     classes = _class_names(folder)
     return LoadedModel(
         source=source,
-        adapter=adapter(_load_weights(family, denoiser), len(classes)),
+        adapter=adapter(_load_weights(family, denoiser), None if classes is None else len(classes)),
         scheduler=scheduler,
-        classes=classes,
+        classes=classes or (),
         fingerprint=_fingerprint([denoiser / "config.json", *weights]),
     )
 
@@ -149,11 +149,11 @@ def _json(path: Path, folder: Path) -> dict[str, Any]:
     return found
 
 
-def _class_names(folder: Path) -> tuple[str, ...]:
+def _class_names(folder: Path) -> tuple[str, ...] | None:
     """Names from an optional `classes.json`, a list with one name per class."""
     path = folder / "classes.json"
     if not path.is_file():
-        return ()
+        return None
     try:
         names = json.loads(path.read_text())
     except ValueError as err:

@@ -181,7 +181,7 @@ class UNetAdapter:
                 f"which {levels} levels can halve; set it in unet/config.json"
             )
 
-    def __init__(self, model: UNet2DModel, named: int = 0) -> None:
+    def __init__(self, model: UNet2DModel, named: int | None = None) -> None:
         """Take `model` apart; its parameters are shared. `named` of its classes have names."""
         config = model.config
         self.check(config)
