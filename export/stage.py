@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -30,7 +31,7 @@ from ditcast.export.targets import TARGETS
 from ditcast.export.trace import trace
 from ditcast.manifest import REFERENCE, WEIGHTS, Graph
 from ditcast.models import Adapter, LoadedModel
-from ditcast.models.base import Layer
+from ditcast.models.base import Layer, is_near
 from ditcast.progress import say
 from ditcast.recipe import FLOAT, TEMPORAL
 from ditcast.sampling import coefficients, correct, draw_noise, needs_noise
@@ -306,28 +307,25 @@ def _compare(
     short = folder / f"{SHORT}.onnx"
     rounding = [name for name, layer in simulation.layers.items() if layer.scale is not None]
     for name, probe in probes.items():
-        unquantized: dict[str, Tensor] | None = None
-        if _layers_in(adapter, name, rounding):
-            unquantized = {}
-            # Behind more than the first layers, only closeness of the whole can be asked.
-            if _is_near(adapter, name):
-                probe = probe.first_slot() if name == "full" else probe
-                output = probe.outputs[-1]
-                with simulation.exact():
-                    unquantized = {output: probe.run()[output]}
+        unquantized, whole = None, None
+        # Behind more than the first layers, only closeness of the whole can be asked.
+        if _layers_in(adapter, name, rounding) and is_near(adapter, name):
+            probe = probe.first_slot() if name == "full" else probe
+            output = probe.outputs[-1]
+            unquantized = {output: _exactly(probe, simulation)[output]}
+        elif _layers_in(adapter, name, rounding):
+            unquantized, whole = {}, functools.partial(_exactly, probe, simulation)
         path = short if name == "sampler" else folder / f"{name}.onnx"
-        found[name], outputs = parity.measure(path, probe.feeds, probe.run(), unquantized)
+        found[name], outputs = parity.measure(path, probe.feeds, probe.run(), unquantized, whole)
         if name == "full":
             golden = outputs["output"]
     short.unlink(missing_ok=True)
     return found, golden
 
 
-def _is_near(adapter: Adapter, graph: str) -> bool:
-    """Whether a graph's last output lies behind the first layers only."""
-    if graph == "full":
-        return adapter.slots[0].startswith(f"{adapter.parts[0].name}.")
-    return graph == "temporal" or (graph == "reuse" and len(adapter.shallow) == 1)
+def _exactly(probe: Probe, simulation: Simulation) -> dict[str, Tensor]:
+    with simulation.exact():
+        return probe.run()
 
 
 def _loop_probe(bundle: Bundle, adapter: Adapter, fitted: Fitted) -> Probe:

@@ -359,3 +359,17 @@ def test_a_quantized_last_layer_is_quantized_in_reuse_steps_too(
     pipeline = Pipeline(found)
     samples = pipeline.sample([0, 3], seed=3)
     assert np.array_equal(samples, pipeline.sample([0, 3], seed=3, loop="graph"))
+
+
+def test_behind_many_layers_drift_may_be_as_large_as_quantization(identity: Path) -> None:
+    """Under 40 dB the float model is asked: two independent roundings are no further apart."""
+    simulated, drift = torch.tensor([0.0, 0.5, 1.0]), torch.tensor([3e-2, -3e-2, 3e-2])
+    feeds, expected = {"x": simulated + drift}, {"y": simulated}
+    found, _ = parity.measure(identity, feeds, expected, {}, lambda: {"y": simulated - drift})
+    assert found["psnr_db"] < 40
+    assert found["share_of_quantization_error"] == pytest.approx(1, abs=1e-3)
+    match = (
+        r"got 30.5 dB, 2.00 of the quantization error, expected at least 40.0 dB, or at most 1.41"
+    )
+    with pytest.raises(ParityError, match=match):
+        parity.measure(identity, feeds, expected, {}, lambda: {"y": simulated - drift / 2})

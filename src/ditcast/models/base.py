@@ -149,6 +149,13 @@ class Adapter(Protocol):
         ...
 
 
+def is_near(adapter: Adapter, graph: str) -> bool:
+    """Whether a step graph's last output lies behind the first layers only."""
+    if graph == "full":
+        return adapter.slots[0].startswith(f"{adapter.parts[0].name}.")
+    return graph == "temporal" or (graph == "reuse" and len(adapter.shallow) == 1)
+
+
 @dataclass(frozen=True, kw_only=True)
 class LoadedModel:
     """A model from disk, or a random one, with what its pipeline folder says of it."""
