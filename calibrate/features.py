@@ -20,6 +20,7 @@ from ditcast.errors import ConfigError
 from ditcast.models import Adapter, LoadedModel
 from ditcast.models.base import count, vector_slices
 from ditcast.recipe import TEMPORAL, Recipe
+from ditcast.sampling import with_null
 
 BYTES = {8: 1, 6: 1, 16: 2}  # of a code
 
@@ -36,16 +37,16 @@ def check_store(model: LoadedModel, recipe: Recipe) -> list[int]:
     for label in recipe.labels:
         if not 0 <= label < classes:
             raise ConfigError(f"labels: got {label}, expected 0 to {classes - 1}")
-    null = [] if adapter.null_label is None else [adapter.null_label]
-    labels = [*sorted(set(recipe.labels or range(classes))), *null]
+    labels = with_null(sorted(set(recipe.labels or range(classes))), adapter.null_label)
+    nulls = 0 if adapter.null_label is None else 1
     each = recipe.steps * adapter.parts[-1].columns.stop * BYTES[recipe.feature_bits()]
-    limit, with_null = 4 * count(adapter.temporal), " (null is one)" if null else ""
+    limit, null_counts = 4 * count(adapter.temporal), " (null is one)" * nulls
     if each * len(labels) > limit:
         raise ConfigError(
-            f"labels: the features of {recipe.steps} steps and {len(labels)} labels{with_null} "
+            f"labels: the features of {recipe.steps} steps and {len(labels)} labels{null_counts} "
             f"take {each * len(labels) / 2**20:.1f} MiB, expected at most the "
             f"{limit / 2**20:.1f} MiB of the modules that make them; store at most "
-            f"{max(limit // each - len(null), 0)} labels with --labels, or use --temporal tib"
+            f"{max(limit // each - nulls, 0)} labels with --labels, or use --temporal tib"
         )
     return labels
 

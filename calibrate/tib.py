@@ -22,6 +22,7 @@ from ditcast.calibrate.qparams import LayerScales, OutputScales, QParams
 from ditcast.calibrate.simulate import quantized
 from ditcast.models import Adapter
 from ditcast.models.base import vector_slices
+from ditcast.sampling import with_null
 
 TARGET_BYTES = 1 << 29  # of the features that reconstruction compares with
 LABELS = 64  # that the TIB is calibrated on at most, besides the null label
@@ -37,8 +38,7 @@ def draw_labels(adapter: Adapter, timesteps: Tensor, seed: int) -> Tensor:
     affordable = TARGET_BYTES // (4 * features * len(timesteps)) - 1
     count = max(1, min(classes, LABELS, affordable))
     drawn = torch.randperm(classes, generator=torch.Generator().manual_seed(seed))[:count]
-    null = [] if adapter.null_label is None else [adapter.null_label]
-    return torch.cat([drawn, torch.tensor(null, dtype=drawn.dtype)]).sort().values
+    return torch.tensor(with_null(drawn.tolist(), adapter.null_label)).sort().values
 
 
 def tiar(

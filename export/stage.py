@@ -34,7 +34,7 @@ from ditcast.models import Adapter, LoadedModel
 from ditcast.models.base import Layer, is_near
 from ditcast.progress import say
 from ditcast.recipe import FLOAT, TEMPORAL
-from ditcast.sampling import coefficients, correct, draw_noise, needs_noise
+from ditcast.sampling import coefficients, correct, draw_noise, needs_noise, with_null
 from ditcast.schedule import from_config
 
 DEFAULT_TARGETS = ("onnxruntime",)
@@ -174,7 +174,7 @@ def make_probes(bundle: Bundle, adapter: Adapter) -> dict[str, Probe]:
     With guidance, where the model has a null label.
     """
     recipe, null = bundle.manifest.recipe, adapter.null_label
-    labels = torch.tensor([*_two_labels(bundle), *([] if null is None else [null])])
+    labels = torch.tensor(with_null(_two_labels(bundle), null))
     known = from_config(bundle.manifest.schedule).timesteps(recipe.steps)
     half = len(known) // 2
     timesteps = torch.tensor([float(known[half]), float(known[(half + len(known)) // 2])])
@@ -308,13 +308,15 @@ def _compare(
     rounding = [name for name, layer in simulation.layers.items() if layer.scale is not None]
     for name, probe in probes.items():
         unquantized, whole = None, None
-        # Behind more than the first layers, only closeness of the whole can be asked.
-        if _layers_in(adapter, name, rounding) and is_near(adapter, name):
-            probe = probe.first_slot() if name == "full" else probe
-            output = probe.outputs[-1]
-            unquantized = {output: _exactly(probe, simulation)[output]}
-        elif _layers_in(adapter, name, rounding):
-            unquantized, whole = {}, functools.partial(_exactly, probe, simulation)
+        if _layers_in(adapter, name, rounding):
+            unquantized = {}
+            # Behind more than the first layers, only closeness of the whole can be asked.
+            if is_near(adapter, name):
+                probe = probe.first_slot() if name == "full" else probe
+                output = probe.outputs[-1]
+                unquantized = {output: _exactly(probe, simulation)[output]}
+            elif name == "sampler":  # of step graphs that have been compared by themselves
+                whole = functools.partial(_exactly, probe, simulation)
         path = short if name == "sampler" else folder / f"{name}.onnx"
         found[name], outputs = parity.measure(path, probe.feeds, probe.run(), unquantized, whole)
         if name == "full":

@@ -15,7 +15,7 @@ from ditcast.bundle import Bundle
 from ditcast.manifest import Layer
 from ditcast.recipe import PRECISIONS
 from ditcast.runtime.backends import Backend, GraphFile, NodeTime, graph_file, graphs_of
-from ditcast.sampling import needs_noise
+from ditcast.sampling import needs_noise, with_null
 from ditcast.schedule import from_config
 
 GOLDEN_LIMIT_DB = 40.0  # other kernels flip a few codes; saturating ones do far worse
@@ -210,9 +210,7 @@ def _feeds(bundle: Bundle, backend: Backend, graph: str) -> dict[str, Any]:
         steps = from_config(bundle.manifest.schedule).timesteps(recipe.steps)
         return {
             "timesteps": steps.astype(np.float32),
-            "class_labels": np.array(
-                [label] if model.null_label is None else [label, model.null_label]
-            ),
+            "class_labels": np.array(with_null([label], model.null_label)),
         }
     feeds = {
         "noise": rng.standard_normal((1, *model.sample_shape), np.float32),

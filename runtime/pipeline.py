@@ -26,6 +26,7 @@ from ditcast.sampling import (
     guide,
     needs_noise,
     update,
+    with_null,
 )
 from ditcast.schedule import NoiseSchedule, from_config
 from ditcast.settings import Settings
@@ -179,9 +180,7 @@ class Pipeline:
         self, labels: Sequence[int], timesteps: NDArray[np.int64], guided: bool
     ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """Temporal features (T, U, F) of the distinct labels, and each row's index into U."""
-        null = self.model.null_label
-        rows = [*labels] if null is None else [*labels, null]
-        unique, inverse = np.unique(rows, return_inverse=True)
+        unique, inverse = np.unique(with_null(labels, self.model.null_label), return_inverse=True)
         feeds = {"timesteps": timesteps.astype(np.float32), "class_labels": unique}
         found = self.session("temporal").run(feeds, ["features"])["features"]
         if self.low_memory:

@@ -206,7 +206,7 @@ def rewrite(path: Path, edit: Callable[[dict[str, Any]], object]) -> None:
             "got format_version 6, expected 5; this bundle needs",
         ),
         (
-            lambda m: m.update(format_version=4),  # whose codes lie otherwise in their file
+            lambda m: m.update(format_version=4),  # which says nothing of a null label
             "got format_version 4, expected 5; this bundle needs",
         ),
         (lambda m: m.pop("format_version"), "got format_version None, expected 5"),

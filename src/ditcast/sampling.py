@@ -107,6 +107,11 @@ def check_guidance(scale: float, null_label: int | None) -> None:
         )
 
 
+def with_null(labels: Sequence[int], null_label: int | None) -> list[int]:
+    """The labels, and behind them the null label if there is one."""
+    return [*labels] if null_label is None else [*labels, null_label]
+
+
 def row_labels(labels: Sequence[int], scale: float, null_label: int | None) -> list[int]:
     """The label of every row of a batch: with guidance there are as many null rows behind.
 

@@ -115,7 +115,7 @@ def test_every_observer_sees_convolutions(
         weight = layers[held.name].weight
         assert held.shape == (len(weight), weight[0].numel())
         assert held.positions == positions[held.name]
-    assert error_of_a_step(model, found) < 0.05
+    assert 1e-4 < error_of_a_step(model, found) < 0.05  # something is rounded
 
 
 @pytest.mark.parametrize(
@@ -146,12 +146,14 @@ def test_every_way_to_keep_the_temporal_features(
     projections = {f"temporal.projections.{i}" for i in range(8)}
     if temporal in ("naive", "tib"):
         assert inside == {"temporal.time.linear_2", *projections}
-    if temporal == "cache":
+    if temporal in ("cache", "select"):
         assert found.stored is not None
         assert found.stored.labels.tolist() == [1, CLASSES]
+        assert bool(inside) == (found.stored.module is not None)  # the TIB stays where it is taken
+    if temporal == "cache":
         found = replace(found, stored=None)  # other steps than those that are stored
     if temporal != "select":
-        assert error_of_a_step(model, found) < 0.1
+        assert 1e-4 < error_of_a_step(model, found) < 0.1
 
 
 def test_stored_features_without_a_null_label(tmp_path: Path) -> None:
@@ -181,6 +183,7 @@ def test_balancing_of_attention(model: LoadedModel, tmp_path: Path) -> None:
     """The attention's output is all that can be balanced; in float nothing changes by it."""
     _, found = calibrated(model, tmp_path / "b", balance="ptq4dit")
     assert found.balance.keys() == set(model.adapter.chained())
+    assert all(float(factor.std()) > 0.01 for factor in found.balance.values())
     assert error_of_a_step(model, QParams(balance=found.balance)) < 1e-5
 
 

@@ -85,6 +85,12 @@ def each(request: pytest.FixtureRequest) -> Bundle:
 
 def test_parity_is_recorded(each: Bundle) -> None:
     """Every graph against torch: float ones closely, integer ones within the drift limit."""
+    assert {graph.name for graph in each.manifest.graphs} == {
+        "temporal",
+        "full",
+        "reuse",
+        "sampler",
+    }
     for graph in each.manifest.graphs:
         quantized_ = graph.target != "reference" and graph.name != "temporal"
         if not quantized_:

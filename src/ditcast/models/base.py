@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -76,6 +77,18 @@ def check_names(named: int | None, *expected: int) -> None:
             f"model: classes.json has {named} names, expected "
             f"{' or '.join(map(str, expected))}, one per class"
         )
+
+
+def frequencies(time_proj: Any) -> Tensor:
+    """Those of a diffusers `Timesteps`, computed as there but once: no runtime has to repeat it."""
+    half = time_proj.num_channels // 2
+    exponent = -math.log(10000) * torch.arange(half, dtype=torch.float32)
+    return torch.exp(exponent / (half - time_proj.downscale_freq_shift))
+
+
+def linears_of(module: nn.Module, prefix: str = "") -> dict[str, nn.Linear]:
+    """All Linears of a module by name, behind a prefix."""
+    return {f"{prefix}{n}": m for n, m in module.named_modules() if isinstance(m, nn.Linear)}
 
 
 class Modulated(NamedTuple):

@@ -8,7 +8,6 @@ a full step can sum up what later reuse steps add.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,7 +17,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ditcast.errors import UnsupportedError
-from ditcast.models.base import Layer, Modulated, Part, Temporal, check_names
+from ditcast.models.base import (
+    Layer,
+    Modulated,
+    Part,
+    Temporal,
+    check_names,
+    frequencies,
+    linears_of,
+)
 from ditcast.models.operators import Attention
 from ditcast.recipe import TEMPORAL
 
@@ -41,11 +48,7 @@ class TemporalFeatures(Temporal):
         self.label = nn.ModuleList([norm.emb.class_embedder.embedding_table for norm in norms])
         self.modulation = nn.ModuleList([norm.linear for norm in norms])
         self.final = model.proj_out_1
-        # The frequencies as diffusers computes them, fixed so that no runtime has to repeat it.
-        half = norms[0].emb.time_proj.num_channels // 2
-        shift = norms[0].emb.time_proj.downscale_freq_shift
-        exponent = -math.log(10000) * torch.arange(half, dtype=torch.float32)
-        self.register_buffer("frequencies", torch.exp(exponent / (half - shift)))
+        self.register_buffer("frequencies", frequencies(norms[0].emb.time_proj))
         self.frequencies: Tensor
 
     def forward(self, timesteps: Tensor, class_labels: Tensor) -> Tensor:
@@ -253,7 +256,7 @@ class DiTAdapter:
 
     def layers(self) -> dict[str, Layer]:
         """The Linears of the blocks and of the final layer."""
-        return {**_linears(self.denoiser)}
+        return {**linears_of(self.denoiser)}
 
     def positions(self) -> dict[str, int]:
         """One row per token."""
@@ -261,7 +264,7 @@ class DiTAdapter:
 
     def temporal_linears(self) -> dict[str, nn.Linear]:
         """The Linears of the TIB; the label tables are looked up, not multiplied."""
-        return {f"{TEMPORAL}{name}": linear for name, linear in _linears(self.temporal).items()}
+        return linears_of(self.temporal, TEMPORAL)
 
     def modulated(self) -> dict[str, Modulated]:
         """The Linears behind a modulated norm: every block's first of each slot."""
@@ -277,7 +280,3 @@ class DiTAdapter:
         """The attention's output Linear mixes values, which qkv's last third of rows makes."""
         first, blocks = 2 * self.slot_shape[1], range(len(self.slots) // 2)
         return {f"blocks.{i}.attn.proj": (f"blocks.{i}.attn.qkv", first) for i in blocks}
-
-
-def _linears(module: nn.Module) -> dict[str, nn.Linear]:
-    return {name: m for name, m in module.named_modules() if isinstance(m, nn.Linear)}

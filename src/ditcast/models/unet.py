@@ -26,6 +26,8 @@ from ditcast.models.base import (
     Temporal,
     check_names,
     first_skips,
+    frequencies,
+    linears_of,
     run_parts,
 )
 from ditcast.models.unet_parts import (
@@ -69,10 +71,7 @@ class TemporalFeatures(Temporal):
         self.projections = nn.ModuleList(projections)
         has = torch.tensor([resnet is not None for resnet in resnets])
         self.owner = [int(n) if h else None for n, h in zip(has.cumsum(0) - 1, has, strict=True)]
-        # The frequencies as diffusers computes them, fixed so that no runtime has to repeat it.
-        half, shift = model.time_proj.num_channels // 2, model.time_proj.downscale_freq_shift
-        exponent = -math.log(10000) * torch.arange(half, dtype=torch.float32)
-        self.register_buffer("frequencies", torch.exp(exponent / (half - shift)))
+        self.register_buffer("frequencies", frequencies(model.time_proj))
         self.frequencies: Tensor
         self.cosine_first = model.time_proj.flip_sin_to_cos
 
@@ -234,11 +233,7 @@ class UNetAdapter:
 
     def temporal_linears(self) -> dict[str, nn.Linear]:
         """The Linears of the TIB; the table of classes is looked up, not multiplied."""
-        return {
-            f"{TEMPORAL}{name}": module
-            for name, module in self.temporal.named_modules()
-            if isinstance(module, nn.Linear)
-        }
+        return linears_of(self.temporal, TEMPORAL)
 
     def modulated(self) -> dict[str, Modulated]:
         """None: a SiLU lies between every modulation and the next layer."""
