@@ -1,17 +1,44 @@
-"""The cache's part of calibration: the noise guard's tables and the variance correction."""
+"""The cache's part of calibration: thresholds, the noise guard's tables, variance correction."""
 
 from __future__ import annotations
 
 from ditcast.bundle import Bundle
-from ditcast.cache import fitted
+from ditcast.cache import fitted, make_plan
 from ditcast.cache.fitted import Fitted, recipe_plan
 from ditcast.cache.guard import held_back
-from ditcast.calibrate import correction, noise, qparams
+from ditcast.cache.stepping import graphs
+from ditcast.calibrate import correction, noise, qparams, threshold
+from ditcast.calibrate.simulate import quantized
+from ditcast.errors import ConfigError
 from ditcast.manifest import CacheFit
 from ditcast.models import LoadedModel
 from ditcast.progress import say
+from ditcast.recipe import Recipe
 
 FILE = "calibration/cache.safetensors"
+
+
+def check(model: LoadedModel, recipe: Recipe) -> None:
+    """Refuse a policy whose steps the model cannot be taken apart into, or that would never reuse.
+
+    Raises:
+        ConfigError: naming what is missing.
+    """
+    plan = make_plan(
+        recipe.cache,
+        steps=recipe.steps,
+        interval=recipe.interval,
+        slots=len(model.adapter.slots),
+        order=recipe.order,
+    )
+    lacking = [name for name in graphs(plan) if name not in model.adapter.steps]
+    if lacking:
+        raise ConfigError(
+            f"cache: got {recipe.cache}, which needs the graphs {', '.join(lacking)}, but there "
+            f"are none for a {model.adapter.architecture}; expected none, fora or taylor"
+        )
+    if plan.gate is not None:
+        threshold.wanted(recipe)
 
 
 def fit(bundle: Bundle, model: LoadedModel) -> None:
@@ -24,7 +51,14 @@ def fit(bundle: Bundle, model: LoadedModel) -> None:
     if not fitted.missing(manifest):
         return
     plan = recipe_plan(manifest)
-    scales, found = qparams.of_bundle(bundle), Fitted()
+    scales, found, reference = qparams.of_bundle(bundle), Fitted(), Fitted()
+    full_steps = None
+    if plan.gate is not None:
+        reference, full_steps = threshold.tune(model, recipe, plan, "full precision")
+        found = reference
+        if manifest.quantization is not None:  # which moves what a gate looks at
+            with quantized(model.adapter, scales):
+                found, full_steps = threshold.tune(model, recipe, plan, "quantized")
     if fitted.guarding(manifest):
         say("cache: measuring what forecasts of quantized outputs are worth")
         found = Fitted(*noise.measure(model, recipe, scales, plan))
@@ -32,7 +66,7 @@ def fit(bundle: Bundle, model: LoadedModel) -> None:
     if recipe.correction != "none":
         gain, offset = correction.fit(model, recipe, scales, safe)
         found = found._replace(gain=gain, offset=offset)
-    fitted.save(found, bundle.staged(FILE))
+    fitted.save(found, reference, bundle.staged(FILE))
     forecasts = (
         int((~plan.full).sum()) * len(model.adapter.slots) if found.forecast is not None else 0
     )
@@ -42,6 +76,8 @@ def fit(bundle: Bundle, model: LoadedModel) -> None:
         held_back=held_back(plan, safe),
         forecasts=forecasts,
         corrected=found.gain is not None,
+        threshold=None if found.threshold is None else float(found.threshold),
+        full_steps=full_steps,
     )
     if section.held_back:
         say(f"cache: noise guard: {section.held_back} of {forecasts} forecasts are plain reuse")

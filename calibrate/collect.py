@@ -94,12 +94,13 @@ def followed(bundle: Bundle) -> StepPlan:
 @contextlib.contextmanager
 def _watching(
     watches: Sequence[Watch], states: States, advance: Callable[[], None]
-) -> Iterator[Callable[[int], None]]:
+) -> Iterator[Callable[[int, bool], None]]:
     """While active, every input goes to its observer; yields the step callback."""
     current = 0
 
-    def next_step(done: int) -> None:
+    def next_step(done: int, full: bool) -> None:
         nonlocal current
+        del full
         current = done + 1
         advance()
 

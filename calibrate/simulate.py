@@ -231,7 +231,7 @@ def quantized(adapter: Adapter, qparams: QParams) -> Iterator[Simulation]:
             del module
             steps.columns = args[1][:, end:]
 
-        for module in (adapter.denoiser, adapter.reuse):
+        for module in adapter.steps.values():
             stack.callback(module.register_forward_pre_hook(read).remove)
         yield found
 

@@ -85,13 +85,14 @@ def check(model: LoadedModel, recipe: Recipe) -> None:
 
     Raises:
         ConfigError: rules or a group that do not fit its layers, more steps than it was trained
-            on, guidance or balancing that it does not allow, or temporal features that are too
-            many to be stored.
+            on, guidance, balancing or a cache that it does not allow, or temporal features that
+            are too many to be stored.
         UnsupportedError: a noise schedule that is not implemented for this sampler.
     """
     coefficients(from_config(model.scheduler), recipe.sampler, recipe.steps)
     check_guidance(recipe.guidance, model.adapter.null_label)
     choose_precision(model, recipe)
+    cache.check(model, recipe)
     if recipe.balance != "none" and not balanced_layers(model.adapter):
         raise ConfigError(
             f"balance: got {recipe.balance}, but no layer of the model can be balanced; "

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ditcast.cache import StepPlan, make_plan
+from ditcast.cache.stepping import GRAPHS, stepper
 from ditcast.models import Adapter, LoadedModel
 from ditcast.recipe import Recipe
 from ditcast.sampling import (
@@ -55,38 +56,26 @@ def sample(
     plan: StepPlan | None = None,
     stop_after: int | None = None,
     correct: Callable[[int, Tensor], Tensor] | None = None,
-    callback: Callable[[int], None] | None = None,
+    callback: Callable[[int, bool], None] | None = None,
 ) -> Tensor:
     """Sample image `indices` of `seed` with `labels`; returns (n, C, H, W).
 
     Without a `plan` every step is full. `stop_after` ends the trajectory early, at the still
     noisy sample. `correct` gives the sample after a step in place of it. `callback` is called after
-    each step with its number.
+    each step with its number, and whether it was full.
     """
     n, channels = len(labels), adapter.sample_shape[0]
     noises = steps if needs_noise(sampler) else 0
     drawn = np.stack([draw_noise(seed, i, adapter.sample_shape, noises) for i in indices], axis=1)
     noise = torch.from_numpy(drawn)  # (1 + noises, n, C, H, W)
     rows = row_labels(labels, guidance, adapter.null_label)
-    unique, inverse = torch.unique(torch.tensor(rows), return_inverse=True)
     timesteps = torch.from_numpy(schedule.timesteps(steps)).float()
-    features = adapter.temporal(timesteps, unique)  # (T, U, F)
-    table = coefficients(schedule, sampler, steps).tolist()
     plan = plan or make_plan("none", steps=steps, interval=1, slots=len(adapter.slots))
-    ahead = [torch.from_numpy(part) for part in plan.ahead()]
-    pending: dict[int, Tensor] = {}  # of each reuse step to come, what its stream takes
+    network = stepper(plan, TorchRequest(adapter, timesteps, rows))
+    table = coefficients(schedule, sampler, steps).tolist()
     x = noise[0]
     for step, row in enumerate(table[:stop_after]):
-        repeated = x.repeat(len(rows) // n, 1, 1, 1)
-        now = features[step][inverse]
-        if plan.full[step]:
-            later, weights = (part[step] for part in ahead)
-            output, forecast = adapter.denoiser(repeated, now, features[later][:, inverse], weights)
-            for t, part in zip(later.tolist(), forecast, strict=True):
-                if t != step:
-                    pending[t] = pending[t] + part if t in pending else part
-        else:
-            output = adapter.reuse(repeated, now, pending.pop(step))
+        output, full = network.run(step, x)
         output = guide(output, n, channels, guidance)
         x = update(
             x, output, noise[1 + step] if noises else None, Coefficients(*row), schedule.clip
@@ -94,5 +83,47 @@ def sample(
         if correct is not None:
             x = correct(step, x)
         if callback is not None:
-            callback(step)
+            callback(step, full)
     return x
+
+
+class TorchRequest:
+    """`cache.stepping.Request` over the adapter's modules."""
+
+    def __init__(self, adapter: Adapter, timesteps: Tensor, rows: Sequence[int]) -> None:
+        """Compute the temporal features of the timesteps (T,); `rows` are the rows' labels."""
+        unique, self.inverse = torch.unique(torch.tensor(rows), return_inverse=True)
+        self.all_features: Tensor = adapter.temporal(timesteps, unique)  # (T, U, F)
+        self.adapter, self.slots = adapter, len(adapter.slots)
+
+    def begin(self, step: int, x: Tensor) -> None:
+        """Take the sample (n, C, H, W) and the features of a step."""
+        repeats = len(self.inverse) // len(x)
+        self.held = {
+            "sample": x.repeat(repeats, 1, 1, 1),
+            "features": self.all_features[step][self.inverse],
+        }
+
+    def features(self, steps: Sequence[int]) -> Tensor:
+        """(R, N, F)."""
+        return self.all_features[steps][:, self.inverse]
+
+    def run(self, graph: str, **inputs: Tensor) -> dict[str, Tensor]:
+        """Run a step module."""
+        signature, given = GRAPHS[graph], self.held | inputs
+        found = self.adapter.steps[graph](*(given[name] for name in signature.inputs))
+        outputs = found if isinstance(found, tuple) else (found,)
+        return dict(zip(signature.outputs, outputs, strict=True))
+
+    def array(self, values: Any) -> Tensor:
+        """Float32 numbers as a tensor."""
+        return torch.from_numpy(np.asarray(values, np.float32))
+
+    def rows(self, history: int, slots: int = 0) -> Tensor:
+        """Zeros, (history, [slots,] N, *slot_shape)."""
+        many = (slots,) if slots else ()
+        return torch.zeros(history, *many, len(self.inverse), *self.adapter.slot_shape)
+
+    def join(self, newest: Tensor, older: Tensor) -> Tensor:
+        """The newest in front of older ones, as many as before."""
+        return torch.cat([newest[None], older[:-1]])

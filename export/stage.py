@@ -6,25 +6,23 @@ import functools
 import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
-import torch
 from torch import Tensor
-from torch.export import Dim
 
 from ditcast import tensors
 from ditcast.bundle import Bundle
-from ditcast.cache import StepPlan
-from ditcast.cache.fitted import Fitted, missing, of_target, recipe_plan
+from ditcast.cache.fitted import Fitted, missing, of_target
+from ditcast.cache.stepping import graphs
 from ditcast.calibrate.qparams import QParams, of_bundle
 from ditcast.calibrate.simulate import Simulation, quantized
-from ditcast.calibrate.trajectory import sample
 from ditcast.errors import BundleError, ConfigError
 from ditcast.export import parity
-from ditcast.export.loop import LoopSpec, sampler_graph
+from ditcast.export.body import LoopSpec
+from ditcast.export.loop import sampler_graph
+from ditcast.export.probes import Probe, loop_probe, make_probes, short_steps
 from ditcast.export.quantize import insert_qdq
 from ditcast.export.store import WeightStore
 from ditcast.export.targets import TARGETS
@@ -33,34 +31,13 @@ from ditcast.manifest import REFERENCE, WEIGHTS, Graph
 from ditcast.models import Adapter, LoadedModel
 from ditcast.models.base import Layer, is_near
 from ditcast.progress import say
-from ditcast.recipe import FLOAT, TEMPORAL
-from ditcast.sampling import coefficients, correct, draw_noise, needs_noise, with_null
+from ditcast.recipe import FLOAT
+from ditcast.sampling import coefficients, needs_noise
 from ditcast.schedule import from_config
 
 DEFAULT_TARGETS = ("onnxruntime",)
 GOLDEN = "golden/step.safetensors"
-STEP_GRAPHS = ("temporal", "full", "reuse")
 SHORT = "short"  # a graph loop that is only there while parity is measured
-
-
-class Probe(NamedTuple):
-    """One graph in torch with real inputs: what is traced and what parity is measured on."""
-
-    module: Any  # a torch module, or for the graph loop a function
-    feeds: dict[str, Tensor]
-    outputs: list[str]
-    dynamic: list[dict[int, Any]]
-
-    @torch.no_grad()
-    def run(self) -> dict[str, Tensor]:
-        """The outputs by name."""
-        found = self.module(*self.feeds.values())
-        return dict(zip(self.outputs, found if isinstance(found, tuple) else (found,), strict=True))
-
-    def first_slot(self) -> Probe:
-        """The full step with a forecast of the first slot only."""
-        cut = {name: self.feeds[name][:1] for name in ("ahead", "weights")}
-        return self._replace(feeds=self.feeds | cut)
 
 
 def to_onnx(bundle: Bundle, model: LoadedModel, targets: Sequence[str] = DEFAULT_TARGETS) -> None:
@@ -150,8 +127,10 @@ def _export(
             )
             measured = probes
             if TARGETS[target].loop:
-                measured = probes | {"sampler": _loop_probe(bundle, adapter, fitted)}
-            parities, output = _compare(adapter, folder, measured, simulation)
+                measured = probes | {"sampler": loop_probe(bundle, adapter, fitted)}
+            held = {name: _layers_in(graph, simulation.layers) for name, graph in traced.items()}
+            held["sampler"] = tuple(simulation.layers)
+            parities, output = _compare(adapter, folder, measured, simulation, held)
             feeds = probes["full"].feeds
             golden |= {f"{target}.input.{k}": feed.numpy() for k, feed in feeds.items()}
             golden[f"{target}.output"] = output
@@ -162,62 +141,11 @@ def _export(
                     path=f"graphs/{target}/{name}.onnx",
                     made_from=bundle.graphs_made_from(),
                     parity=parity,
+                    layers=held[name],
                 )
                 for name, parity in parities.items()
             ]
     return found
-
-
-def make_probes(bundle: Bundle, adapter: Adapter) -> dict[str, Probe]:
-    """The step graphs with inputs of a real request: two images, mid-trajectory.
-
-    With guidance, where the model has a null label.
-    """
-    recipe, null = bundle.manifest.recipe, adapter.null_label
-    labels = torch.tensor(with_null(_two_labels(bundle), null))
-    known = from_config(bundle.manifest.schedule).timesteps(recipe.steps)
-    half = len(known) // 2
-    timesteps = torch.tensor([float(known[half]), float(known[(half + len(known)) // 2])])
-    noise = [draw_noise(recipe.seed, i, adapter.sample_shape, 0)[0] for i in range(2)]
-    sample = torch.from_numpy(np.stack(noise)).repeat(2, 1, 1, 1)
-    with torch.no_grad():
-        features = adapter.temporal(timesteps, labels)[
-            :, torch.tensor([0, 1, 0, 1] if null is None else [0, 1, 2, 2])
-        ]
-        ahead = features[1:].repeat(2, 1, 1)
-        # The first row has the first slot alone: what lies behind the first layers only.
-        weights = torch.ones(2, len(adapter.slots))
-        weights[0, 1:] = 0
-        forecast = adapter.denoiser(sample, features[0], ahead, weights)[1][1]
-    rows, step = Dim("N"), {"sample": sample, "features": features[0]}
-    later = {"ahead": ahead, "weights": weights}
-    steps = Dim("R")
-    return {
-        "temporal": Probe(
-            adapter.temporal,
-            {"timesteps": timesteps, "class_labels": labels},
-            ["features"],
-            [{0: Dim("T")}, {0: Dim("U")}],
-        ),
-        "full": Probe(
-            adapter.denoiser,
-            step | later,
-            ["output", "forecast"],
-            [{0: rows}, {0: rows}, {0: steps, 1: rows}, {0: steps}],
-        ),
-        "reuse": Probe(
-            adapter.reuse,
-            step | {"forecast": forecast},
-            ["output"],
-            [{0: rows}, {0: rows}, {0: rows}],
-        ),
-    }
-
-
-def _two_labels(bundle: Bundle) -> tuple[int, int]:
-    """The first and the last label whose features the bundle can give."""
-    labels = bundle.manifest.stored_labels() or range(bundle.manifest.model.num_classes)
-    return labels[0], labels[-1]
 
 
 def _write_target(
@@ -234,30 +162,27 @@ def _write_target(
     """All graphs of one target over one weights file, and a short graph loop for parity."""
     group = bundle.manifest.recipe.group
     with WeightStore(folder) as store:
-        for name in STEP_GRAPHS:
+        for name in traced:
             graph = traced[name].copy()
-            held = _layers_in(adapter, name, qparams.layers)
+            held = _layers_in(graph, qparams.layers)
             layers = {layer: qparams.layers[layer] for layer in held}
             if layers:
                 insert_qdq(graph, layers, TARGETS[target], originals, group)
             store.save(graph, folder / f"{name}.onnx")
         parts = {
             name: onnx.load(folder / f"{name}.onnx", load_external_data=False)
-            for name in STEP_GRAPHS
+            for name in ("temporal", *graphs(fitted.plan(bundle.manifest)))
         }
-        loops = (("sampler", bundle.manifest.recipe.steps), (SHORT, _short_steps(bundle)))
+        loops = (("sampler", bundle.manifest.recipe.steps), (SHORT, short_steps(bundle)))
         for name, steps in loops if TARGETS[target].loop else ():
             spec = _loop_spec(bundle, adapter, parts, fitted, steps)
             store.save_proto(sampler_graph(spec), folder / f"{name}.onnx")
 
 
-def _layers_in(adapter: Adapter, graph: str, layers: Iterable[str]) -> list[str]:
+def _layers_in(graph: gs.Graph, layers: Iterable[str]) -> tuple[str, ...]:
     """Those of the layers that a graph holds."""
-    shallow = tuple(f"{name}." for name in adapter.shallow)
-    starts = {"temporal": (TEMPORAL,), "reuse": shallow}
-    if graph in starts:
-        return [name for name in layers if name.startswith(starts[graph])]
-    return [name for name in layers if graph == "sampler" or not name.startswith(TEMPORAL)]
+    products = {node.name.rpartition("/")[0] for node in graph.nodes}
+    return tuple(name for name in layers if name in products)
 
 
 def _loop_spec(
@@ -271,10 +196,8 @@ def _loop_spec(
     recipe, plan = bundle.manifest.recipe, fitted.plan(bundle.manifest)
     schedule = from_config(bundle.manifest.schedule)
     return LoopSpec(
-        temporal=parts["temporal"],
-        full=parts["full"],
-        reuse=parts["reuse"],
-        plan=StepPlan(full=plan.full[:steps], weights=plan.weights[:steps]),
+        graphs=parts,
+        plan=plan.first(steps),
         timesteps=schedule.timesteps(recipe.steps)[:steps],
         table=coefficients(schedule, recipe.sampler, recipe.steps)[:steps],
         clip=schedule.clip,
@@ -287,17 +210,16 @@ def _loop_spec(
     )
 
 
-def _short_steps(bundle: Bundle) -> int:
-    """Up to the first reuse step, if there is one; at least two, where there are as many."""
-    plan = recipe_plan(bundle.manifest)
-    first = 1 if plan.full.all() else int(np.argmin(plan.full))
-    return min(max(first, 1) + 1, len(plan.full))
-
-
 def _compare(
-    adapter: Adapter, folder: Path, probes: dict[str, Probe], simulation: Simulation
+    adapter: Adapter,
+    folder: Path,
+    probes: dict[str, Probe],
+    simulation: Simulation,
+    held: dict[str, tuple[str, ...]],
 ) -> tuple[dict[str, dict[str, float]], Any]:
     """Parity of every graph, and the full step's output for the golden file.
+
+    `held` are the quantized layers of each graph.
 
     The graph loop is compared over its first steps, a full one and one that follows: the whole
     trajectory of a large model would take many minutes.
@@ -305,10 +227,10 @@ def _compare(
     found: dict[str, dict[str, float]] = {}
     golden: Any = None
     short = folder / f"{SHORT}.onnx"
-    rounding = [name for name, layer in simulation.layers.items() if layer.scale is not None]
+    rounding = {name for name, layer in simulation.layers.items() if layer.scale is not None}
     for name, probe in probes.items():
         unquantized, whole = None, None
-        if _layers_in(adapter, name, rounding):
+        if rounding & {*held[name]}:
             unquantized = {}
             # Behind more than the first layers, only closeness of the whole can be asked.
             if is_near(adapter, name):
@@ -328,47 +250,6 @@ def _compare(
 def _exactly(probe: Probe, simulation: Simulation) -> dict[str, Tensor]:
     with simulation.exact():
         return probe.run()
-
-
-def _loop_probe(bundle: Bundle, adapter: Adapter, fitted: Fitted) -> Probe:
-    """The first steps of one image with guidance, as torch samples them."""
-    recipe, schedule = bundle.manifest.recipe, from_config(bundle.manifest.schedule)
-    label, steps = _two_labels(bundle)[1], _short_steps(bundle)
-
-    def corrected(step: int, x: Tensor) -> Tensor:
-        assert fitted.gain is not None
-        assert fitted.offset is not None
-        found: Tensor = correct(
-            x, torch.from_numpy(fitted.gain[step]), torch.from_numpy(fitted.offset[step])
-        )
-        return found
-
-    def first_steps(*feeds: Tensor) -> Tensor:
-        del feeds  # the same noise, drawn again
-        return sample(
-            adapter,
-            schedule,
-            sampler=recipe.sampler,
-            steps=recipe.steps,
-            guidance=recipe.guidance,
-            seed=recipe.seed,
-            indices=[0],
-            labels=[label],
-            plan=fitted.plan(bundle.manifest),
-            stop_after=steps,
-            correct=corrected if fitted.gain is not None else None,
-        )
-
-    noises = recipe.steps if needs_noise(recipe.sampler) else 0
-    noise = torch.from_numpy(draw_noise(recipe.seed, 0, adapter.sample_shape, noises))
-    feeds = {
-        "noise": noise[:1],
-        "class_labels": torch.tensor([label]),
-        "guidance_scale": torch.tensor(recipe.guidance),
-    }
-    if noises:
-        feeds["step_noise"] = noise[1 : steps + 1, None]
-    return Probe(first_steps, feeds, ["latents"], [])
 
 
 def _qparams(bundle: Bundle, model: LoadedModel) -> QParams:

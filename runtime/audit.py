@@ -12,9 +12,12 @@ import numpy as np
 
 from ditcast import tensors
 from ditcast.bundle import Bundle
+from ditcast.cache.fitted import recipe_plan
+from ditcast.cache.stepping import GRAPHS
+from ditcast.cache.stepping import graphs as graphs_of
 from ditcast.manifest import Layer
-from ditcast.recipe import PRECISIONS
-from ditcast.runtime.backends import Backend, GraphFile, NodeTime, graph_file, graphs_of
+from ditcast.recipe import PRECISIONS, TEMPORAL
+from ditcast.runtime.backends import Backend, GraphFile, NodeTime, graph_file, layers_of
 from ditcast.sampling import needs_noise, with_null
 from ditcast.schedule import from_config
 
@@ -22,6 +25,7 @@ GOLDEN_LIMIT_DB = 40.0  # other kernels flip a few codes; saturating ones do far
 CAP_DB = 150.0
 RUNS = 5
 PRODUCT = re.compile("/(?:MatMul|Conv)")  # what a layer's product is called
+FULL = ("full", "observe", "block", "rest", "sampler")  # what a full step, or a whole loop, runs
 NOTHING = NodeTime("", "missing", 0.0)
 RATE = GraphFile(path=Path(__file__).parent / "backends" / "rate.onnx")
 RATE_SHAPE = (512, 1024, 4096)  # of its MatMuls, as `tools/make_probe.py` made them
@@ -59,11 +63,7 @@ class Audit(NamedTuple):
     @property
     def lost(self) -> tuple[LayerAudit, ...]:
         """Layers that should be in an integer kernel and are not, or that are not there."""
-        return tuple(
-            layer
-            for layer in self.layers
-            if (layer.wanted and not layer.integer) or layer.kernel == NOTHING.kernel
-        )
+        return tuple(layer for layer in self.layers if _is_lost(layer))
 
     @property
     def roof(self) -> float | None:
@@ -89,32 +89,41 @@ class Audit(NamedTuple):
         }
 
 
-def audit(bundle: Bundle, backend: Backend, loop: str = "host") -> Audit:
-    """Run `full.onnx` (or `sampler.onnx` for the graph loop) under the profiler.
+def _is_lost(layer: LayerAudit) -> bool:
+    """Whether a layer should be in an integer kernel and is not, or is not there."""
+    return (layer.wanted and not layer.integer) or layer.kernel == NOTHING.kernel
 
-    The manifest says which layers are quantized, so a layer that vanished is a failure too.
-    Where the TIB is quantized, `temporal.onnx` is run as well.
+
+def audit(bundle: Bundle, backend: Backend, loop: str = "host") -> Audit:
+    """Run the graphs of the plan's steps (or `sampler.onnx`, the graph loop) under the profiler.
+
+    The manifest says which quantized layers a graph holds, so a layer that vanished is a failure
+    too. Of a layer in several graphs the one that lost its integers is reported, if any.
     """
-    graph = "full" if loop == "host" else "sampler"
-    quantization = bundle.manifest.quantization
-    expected = quantization.layers if quantization is not None else ()
-    layers: list[LayerAudit] = []
-    other: dict[str, float] = {}
+    plan = recipe_plan(bundle.manifest)
+    names = ("temporal", *graphs_of(plan)) if loop == "host" else ("sampler",)
+    main = next(name for name in names if name in FULL)
+    layers: dict[str, LayerAudit] = {}
+    other: dict[str, float] = defaultdict(float)
     bits = 0
-    for name in ("temporal", "full") if loop == "host" else ("sampler",):
-        inside = [layer for layer in expected if name in graphs_of(layer.name)]
-        if name == "temporal" and not inside:
+    for name in names:
+        file, inside = (
+            graph_file(bundle, backend.target, name),
+            layers_of(bundle, backend.target, name),
+        )
+        if name != main and not inside:
             continue
-        file = graph_file(bundle, backend.target, name)
         bits = max(bits, file.weight_bits)
         nodes = backend.profile(file, _feeds(bundle, backend, name), RUNS)
-        rows = 2 if name == "full" or bundle.manifest.recipe.guidance > 1 else 1
-        found, other = _layers(backend, nodes, inside, rows)
-        layers += found
+        rows = 1 if loop == "graph" and bundle.manifest.recipe.guidance <= 1 else 2
+        found, rest = _layers(backend, nodes, inside, rows)
+        layers |= {new.layer: new for new in found if new.layer not in layers or _is_lost(new)}
+        for kernel, ms in rest.items() if name in FULL else ():
+            other[kernel] += ms
     return Audit(
-        graph,
-        tuple(layers),
-        other,
+        main,
+        tuple(layers.values()),
+        dict(sorted(other.items(), key=lambda item: -item[1])),
         golden_step(bundle, backend)(),
         rates(backend),
         bits,
@@ -131,10 +140,10 @@ def _layers(
     expected = {layer.name: layer for layer in layers}
     for node in nodes:
         # Runtimes name what they fuse after the first node: LAYER/MatMul/... or LAYER/Conv/... In
-        # the graph loop the name of the step graph stands before it.
-        inner = node.node.removeprefix("full/").removeprefix("temporal/")
-        name = PRODUCT.split(inner)[0]
-        if name != inner and name in expected and node.ms > ran.get(name, NOTHING).ms:
+        # the graph loop names of bodies and step graphs stand before it.
+        head = PRODUCT.split(node.node)[0]
+        name = head.rpartition("/")[2]
+        if head != node.node and name in expected and node.ms > ran.get(name, NOTHING).ms:
             other[ran.get(name, NOTHING).kernel] += ran.get(name, NOTHING).ms
             ran[name] = node
         else:
@@ -145,7 +154,7 @@ def _layers(
     for name, layer in expected.items():
         node = ran.get(name, NOTHING)
         ops = 2.0 * rows * layer.positions * layer.shape[0] * layer.shape[1]
-        rated = node.ms > 0 and "temporal" not in graphs_of(name)
+        rated = node.ms > 0 and not name.startswith(TEMPORAL)
         audits.append(
             LayerAudit(
                 layer=name,
@@ -159,7 +168,7 @@ def _layers(
                 giga_ops=ops / node.ms / 1e6 if rated else 0.0,
             )
         )
-    return audits, dict(sorted(other.items(), key=lambda item: -item[1]))
+    return audits, other
 
 
 def rates(backend: Backend) -> dict[int, float]:
@@ -203,9 +212,8 @@ def _feeds(bundle: Bundle, backend: Backend, graph: str) -> dict[str, Any]:
     model, recipe = bundle.manifest.model, bundle.manifest.recipe
     rng = np.random.default_rng(0)
     label = (bundle.manifest.stored_labels() or (0,))[0]
-    if graph == "full":
-        feeds = {key: array[:2] for key, array in _golden(bundle, backend.target)[0].items()}
-        return feeds | {"ahead": feeds["ahead"][:0, :2], "weights": feeds["weights"][:0]}
+    if graph in GRAPHS:
+        return _step_feeds(bundle, backend, graph)
     if graph == "temporal":
         steps = from_config(bundle.manifest.schedule).timesteps(recipe.steps)
         return {
@@ -220,4 +228,18 @@ def _feeds(bundle: Bundle, backend: Backend, graph: str) -> dict[str, Any]:
     if needs_noise(recipe.sampler):
         shape = (recipe.steps, 1, *model.sample_shape)
         feeds["step_noise"] = rng.standard_normal(shape, np.float32)
+    return feeds
+
+
+def _step_feeds(bundle: Bundle, backend: Backend, graph: str) -> dict[str, Any]:
+    """Inputs of a step graph for two rows: the golden step's, and zeros of what is kept."""
+    model, history = bundle.manifest.model, recipe_plan(bundle.manifest).history
+    golden = _golden(bundle, backend.target)[0]
+    slot, slots = (2, *model.slot_shape), (len(model.slots), 2, *model.slot_shape)
+    shapes = {"before": (history, *slot), "factors": (history,), "y": (history, *slots)}
+    shapes |= {"a": slots, "slope": slots[:2]}
+    feeds = {name: np.zeros(shapes.get(name, slot), np.float32) for name in GRAPHS[graph].inputs}
+    feeds |= {name: golden[name][:2] for name in ("sample", "features") if name in feeds}
+    if graph == "full":
+        feeds |= {"ahead": golden["ahead"][:0, :2], "weights": golden["weights"][:0]}
     return feeds

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
@@ -12,11 +13,16 @@ from numpy.typing import NDArray
 
 from ditcast.bundle import Bundle
 from ditcast.cache import StepPlan, make_plan
-from ditcast.cache.fitted import Fitted, of_target
+from ditcast.cache.fitted import Fitted, of_target, recipe_plan
+from ditcast.cache.plan import hold
+from ditcast.cache.stepping import graphs as graphs_of
+from ditcast.cache.stepping import held, stepper
 from ditcast.errors import ConfigError
 from ditcast.manifest import REFERENCE
 from ditcast.runtime.backends import Backend, Session, graph_file
 from ditcast.runtime.choice import open_backend
+from ditcast.runtime.machine import available_memory_mib
+from ditcast.runtime.request import HostRequest
 from ditcast.sampling import (
     Coefficients,
     check_guidance,
@@ -102,13 +108,29 @@ class Pipeline:
             return cache
         if self._deployed(steps, cache):
             return self.fitted.plan(self.bundle.manifest)
-        return make_plan(
-            cache or self.recipe.cache,
+        policy = cache or self.recipe.cache
+        found = make_plan(
+            policy,
             steps=steps,
             interval=self.recipe.interval,
             order=self.recipe.order,
             slots=len(self.model.slots),
         )
+        if found.gate is not None or found.form != recipe_plan(self.bundle.manifest).form:
+            self._check_graphs(policy, found)
+        return found
+
+    def _check_graphs(self, policy: str, plan: StepPlan) -> None:
+        """Refuse a policy that the bundle was not made for."""
+        graphs = self.bundle.manifest.graphs
+        here = {graph.name for graph in graphs if graph.target == self.target}
+        lacking = [name for name in graphs_of(plan) if name not in here]
+        what = f"the graphs {', '.join(lacking)}" if lacking else "a threshold"
+        if lacking or (plan.gate is not None and policy != self.recipe.cache):
+            raise ConfigError(
+                f"cache: got {policy}, which needs {what} that this bundle does not hold; "
+                f"compile one with --cache {policy}"
+            )
 
     def _deployed(self, steps: int, cache: Cache) -> bool:
         """Whether a request is for the very plan that calibration fitted its tables to."""
@@ -120,9 +142,11 @@ class Pipeline:
 
     def _fixed_cache(self, cache: Cache) -> bool:
         section = self.bundle.manifest.cache
-        if section is None or self.target == REFERENCE or cache not in (None, self.recipe.cache):
+        if section is None or cache not in (None, self.recipe.cache):
             return False
-        return section.corrected or section.held_back > 0
+        if section.threshold is not None:
+            return True
+        return self.target != REFERENCE and (section.corrected or section.held_back > 0)
 
     def sample(
         self,
@@ -200,17 +224,19 @@ class Pipeline:
         callback: Callable[[Step], None] | None,
     ) -> Samples:
         steps, n, channels = len(plan.full), len(labels), self.model.sample_shape[0]
+        self._check_memory(plan, n * (2 if guidance > 1 else 1))
         features, rows = self.features(labels, schedule.timesteps(steps), guidance > 1)
-        network = _Network(self, plan, features, rows)
+        network = stepper(plan, HostRequest(self.session, self.model, features, rows))
         x: Samples = noise[0]
         for step, row in enumerate(coefficients(schedule, self.recipe.sampler, steps).tolist()):
-            output = guide(network.run(step, x), n, channels, guidance)
+            output, full = network.run(step, x)
+            output = guide(output, n, channels, guidance)
             step_noise = noise[1 + step] if len(noise) > 1 else None
             x = update(x, output, step_noise, Coefficients(*row), schedule.clip)
             if fitted.gain is not None and fitted.offset is not None:
                 x = correct(x, fitted.gain[step], fitted.offset[step])
             if callback is not None:
-                callback(Step(step, bool(plan.full[step]), x))
+                callback(Step(step, full, x))
         return x
 
     def _graph_loop(self, labels: Sequence[int], noise: Samples, guidance: float) -> Samples:
@@ -281,6 +307,21 @@ class Pipeline:
                 f"one with --steps {steps}{other}"
             )
 
+    def _check_memory(self, plan: StepPlan, width: int) -> None:
+        """Refuse caches that memory does not hold, before the runtime dies of them."""
+        slots = len(self.model.slots)
+        row = 4 * math.prod(self.model.slot_shape) / 2**20
+        needed, free = held(plan, slots) * row * width, available_memory_mib()
+        if needed <= free:
+            return
+        rival = hold(plan.full, slots)
+        fits = int(free / (held(plan, slots) * row))
+        raise ConfigError(
+            f"cache: got {needed:.0f} MiB of kept outputs for {width} rows, expected at most the "
+            f"{free:.0f} MiB that are available; take batches of {fits} rows, a lower order, or "
+            f"--cache fora ({held(rival, slots) * row * width:.0f} MiB)"
+        )
+
     def _check_labels(self, labels: Sequence[int]) -> None:
         last = self.model.num_classes - 1
         if not labels:
@@ -288,54 +329,3 @@ class Pipeline:
         for label in labels:
             if not 0 <= label <= last:
                 raise ConfigError(f"labels: got {label}, expected 0 to {last}")
-
-
-class _Network:
-    """Full and reuse steps of one request over buffers that every step uses again."""
-
-    def __init__(
-        self,
-        pipeline: Pipeline,
-        plan: StepPlan,
-        features: NDArray[np.float32],
-        rows: NDArray[np.int64],
-    ) -> None:
-        """`features` are (T, U, F); `rows` (N,) says which of U each row of the batch takes."""
-        model = pipeline.model
-        self.session, self.plan = pipeline.session, plan
-        self.all_features, self.rows = features, rows
-        self.steps, self.weights = plan.ahead()
-        width, ahead, columns = len(rows), self.steps.shape[1], features.shape[-1]
-        self.sample = np.empty((width, *model.sample_shape), np.float32)
-        self.features = np.empty((width, columns), np.float32)
-        self.ahead = np.empty((ahead, width, columns), np.float32)
-        shape = (width, model.output_channels, *model.sample_shape[1:])
-        self.output = np.empty(shape, np.float32)
-        self.forecast = np.empty((ahead, width, *model.slot_shape), np.float32)
-        self.pending: dict[int, Samples] = {}  # of each reuse step to come, what its stream takes
-
-    def run(self, step: int, x: Samples) -> Samples:
-        """One full or reuse step on samples (n, C, H, W); the result lasts until the next one."""
-        self.sample.reshape(-1, *x.shape)[:] = x
-        np.take(self.all_features[step], self.rows, axis=0, out=self.features)
-        feeds = {"sample": self.sample, "features": self.features}
-        if not self.plan.full[step]:
-            feeds["forecast"] = self.pending.pop(step)
-            self.session("reuse").run_into(feeds, {"output": self.output})
-            return self.output
-        for r, later in enumerate(self.steps[step]):
-            np.take(self.all_features[later], self.rows, axis=0, out=self.ahead[r])
-        feeds |= {"ahead": self.ahead, "weights": self.weights[step]}
-        buffers = {"output": self.output, "forecast": self.forecast}
-        self.session("full").run_into(feeds, buffers)
-        for r, later in enumerate(self.steps[step].tolist()):
-            if later != step:
-                self._add(later, self.forecast[r])
-        return self.output
-
-    def _add(self, later: int, part: Samples) -> None:
-        """Add one full step's part; only the newest is read before its buffer is filled again."""
-        if self.plan.history == 1:
-            self.pending[later] = part
-        else:
-            self.pending[later] = self.pending[later] + part if later in self.pending else +part

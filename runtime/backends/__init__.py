@@ -11,7 +11,7 @@ from ditcast.runtime.backends.base import (
     NodeTime,
     Session,
     graph_file,
-    graphs_of,
+    layers_of,
 )
 from ditcast.settings import Settings
 
@@ -49,6 +49,6 @@ __all__ = [
     "NodeTime",
     "Session",
     "graph_file",
-    "graphs_of",
+    "layers_of",
     "make_backend",
 ]

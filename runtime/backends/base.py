@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from ditcast.bundle import Bundle
 from ditcast.errors import BundleError
-from ditcast.manifest import REFERENCE, WEIGHTS
-from ditcast.recipe import PRECISIONS, TEMPORAL
+from ditcast.manifest import WEIGHTS, Layer
+from ditcast.recipe import PRECISIONS
 from ditcast.runtime.machine import available_memory_mib
 
 Arrays = Mapping[str, NDArray[Any]]
@@ -46,10 +46,8 @@ def graph_file(bundle: Bundle, target: str, name: str) -> GraphFile:
     path = bundle.graph(target, name)
     manifest, folder = bundle.manifest, f"graphs/{target}/"
     entries = [manifest.files[f"{folder}{file}"] for file in (path.name, WEIGHTS)]
-    bits = 0
-    if target != REFERENCE and manifest.quantization is not None:
-        inside = [x for x in manifest.quantization.layers if name in graphs_of(x.name)]
-        bits = max((_integer_bits(layer.precision) for layer in inside), default=0)
+    inside = layers_of(bundle, target, name)
+    bits = max((_integer_bits(layer.precision) for layer in inside), default=0)
     return GraphFile(
         path=path,
         identity=" ".join(entry.sha256 for entry in entries),
@@ -59,9 +57,13 @@ def graph_file(bundle: Bundle, target: str, name: str) -> GraphFile:
     )
 
 
-def graphs_of(layer: str) -> tuple[str, str]:
-    """The step graph that a quantized layer is in, and the graph loop, which holds all."""
-    return "temporal" if layer.startswith(TEMPORAL) else "full", "sampler"
+def layers_of(bundle: Bundle, target: str, name: str) -> list[Layer]:
+    """The quantized layers that a graph holds, as the manifest knows them."""
+    manifest = bundle.manifest
+    if manifest.quantization is None:
+        return []
+    graph = next(g for g in manifest.graphs if (g.target, g.name) == (target, name))
+    return [layer for layer in manifest.quantization.layers if layer.name in set(graph.layers)]
 
 
 def _integer_bits(precision: str) -> int:

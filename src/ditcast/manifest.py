@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from ditcast.errors import BundleError
 from ditcast.recipe import Recipe
 
-FORMAT_VERSION = 5
+FORMAT_VERSION = 6
 MANIFEST = "manifest.json"
 REFERENCE = "reference"  # the target of full precision
 WEIGHTS = "weights.data"  # in the folder of a target: the weights of all its graphs
@@ -87,16 +87,22 @@ class CacheFit(_Section):
     held_back: int
     forecasts: int
     corrected: bool
+    threshold: float | None = None
+    full_steps: float | None = None
 
 
 class Graph(_Section):
-    """One exported graph and the largest difference to torch that export measured."""
+    """One exported graph and the largest difference to torch that export measured.
+
+    `layers` are the quantized layers that it holds.
+    """
 
     target: str
     name: str
     path: str
     made_from: str
     parity: dict[str, float]
+    layers: tuple[str, ...] = ()
 
 
 class Manifest(_Section):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from pathlib import Path
+from types import UnionType
 from typing import Any, Literal, TypeVar, cast, get_args, get_origin
 
 import click
@@ -84,7 +85,10 @@ def recipe_options(command: F) -> F:
             command = click.option(f"--{name}", help=help_text)(command)
             continue
         choice = click.Choice(get_args(kind)) if get_origin(kind) is Literal else kind
-        help_text = f"{field.description}  [default: {field.default}]"
+        if get_origin(kind) is UnionType:  # of a type and None
+            choice = get_args(kind)[0]
+        default = "none" if field.default is None else field.default
+        help_text = f"{field.description}  [default: {default}]"
         command = click.option(f"--{name}", type=choice, help=help_text)(command)
     path = click.Path(path_type=Path)
     return click.option("--recipe", "recipe_file", type=path, help="YAML of recipe keys")(command)

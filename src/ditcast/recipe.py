@@ -12,6 +12,7 @@ from ditcast.errors import ConfigError
 
 Method = Literal["absmax", "minmax", "percentile", "mse", "tfmq", "brecq"]
 Scheme = Literal["w8a8", "w7a8", "w6a6", "w4a8", "w4a16", "none"]
+Cache = Literal["none", "fora", "taylor", "rfe", "rcs", "relational", "first-block", "stack"]
 Precision = Literal["w8a8", "w7a8", "w6a6", "w4a8", "w4a16", "float"]
 
 
@@ -34,6 +35,8 @@ PRECISIONS: dict[str, Bits] = {
     "w4a16": Bits(4, 16),
     FLOAT: Bits(0, 16),
 }
+DYNAMIC = ("rcs", "relational", "first-block", "stack")  # caches that decide on the way
+COMPARING = ("rfe", "rcs", "relational", "stack")  # caches that compare inputs across steps
 MODULES = ("naive", "tib", "select")  # ways to keep the temporal features that run the TIB
 
 
@@ -97,9 +100,22 @@ class Recipe(BaseModel):
     trajectories: Literal["full", "cached"] = Field(
         "full", description="sampler that calibration follows: all steps full, or the cache's plan"
     )
-    cache: Literal["none", "fora", "taylor"] = Field("taylor", description="cache policy")
-    interval: int = Field(4, ge=1, description="steps from one full step to the next")
-    order: int = Field(1, ge=0, le=4, description="order of the forecast (--cache taylor)")
+    cache: Cache = Field("taylor", description="cache policy")
+    interval: int = Field(
+        4,
+        ge=1,
+        description="steps from one full step to the next; policies that decide on the way are "
+        "tuned to as many full steps as taylor has",
+    )
+    order: int = Field(
+        1, ge=0, le=4, description="order of the forecast (--cache taylor, rfe, rcs, relational)"
+    )
+    threshold: float | None = Field(
+        None,
+        ge=0,
+        allow_inf_nan=False,
+        description="of policies that decide on the way, instead of one tuned to the interval",
+    )
     guard: Literal["on", "off"] = Field(
         "off", description="plain reuse where it is closer than a forecast of quantized outputs"
     )
@@ -118,6 +134,26 @@ class Recipe(BaseModel):
             raise ValueError(
                 f"interval: got {self.interval}, expected at most the number of steps "
                 f"({self.steps}); lower --interval or raise --steps"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _cache_fits(self) -> Recipe:
+        """What needs a schedule that is known, or inputs that can be compared."""
+        if self.threshold is not None and self.cache not in DYNAMIC:
+            raise ValueError(
+                f"threshold: got {self.threshold} with cache {self.cache}, whose full steps the "
+                f"interval gives; expected cache {' or '.join(DYNAMIC)}"
+            )
+        if self.trajectories == "cached" and self.cache in DYNAMIC:
+            raise ValueError(
+                f"trajectories: got cached with cache {self.cache}, whose full steps are only "
+                "found after calibration; expected full"
+            )
+        if self.fsc == "all" and self.cache in COMPARING:
+            raise ValueError(
+                f"fsc: got all with cache {self.cache}, which compares inputs of several steps "
+                "while each would be divided by its step's scale; expected tib or none"
             )
         return self
 

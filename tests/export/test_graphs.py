@@ -190,7 +190,7 @@ def test_quantized_layers(shared_bundle: Bundle, tiny: LoadedModel, name: str) -
         for node in body.node
     }
     held = constants(shared_bundle, "onnxruntime", name)
-    prefix = "" if name == "full" else "full/"
+    prefix = "" if name == "full" else "segments/full/"
     quantization = shared_bundle.manifest.quantization
     assert quantization is not None
     scales = qparams.load(shared_bundle.file(quantization.file)).layers
@@ -312,7 +312,7 @@ def test_a_loop_runs_over_segments(shared_bundle: Bundle) -> None:
     top, outer, inner = bodies(read(shared_bundle, "reference", "sampler").graph)
     loops = [[n.op_type for n in body.node].count("Loop") for body in (top, outer, inner)]
     assert loops == [1, 1, 0]
-    assert any(n.name == "full/blocks.1.mlp.fc2/MatMul" for n in outer.node)
+    assert any(n.name == "segments/full/blocks.1.mlp.fc2/MatMul" for n in outer.node)
     assert any(n.name == "reuse/final.proj/MatMul" for n in inner.node)
     held = constants(shared_bundle, "reference", "sampler")
     assert held["segment_starts"].tolist() == [0, 1, 3, 5]  # T=6, N=2: j = 5, 4, 2, 0

@@ -25,7 +25,8 @@ from ditcast.cache import StepPlan
 from ditcast.calibrate import calibrate
 from ditcast.errors import BundleError, ParityError
 from ditcast.export import parity, stage, to_onnx
-from ditcast.export.loop import LoopSpec, sampler_graph
+from ditcast.export.body import LoopSpec
+from ditcast.export.loop import sampler_graph
 from ditcast.models import LoadedModel
 from ditcast.models.base import describe
 from ditcast.runtime import Pipeline

@@ -199,9 +199,9 @@ def test_reuse_right_after_a_full_step_repeats_it() -> None:
     """Same sample, same features, weight one: the full step's output but for the last bits."""
     step = full_step()
     output, forecast = step.run(*step.held())
-    found = step.adapter.reuse(step.x, step.features, forecast[0])
+    found = step.adapter.steps["reuse"](step.x, step.features, forecast[0])
     torch.testing.assert_close(found, output, rtol=0, atol=2e-6)
-    without = step.adapter.reuse(step.x, step.features, torch.zeros_like(forecast[0]))
+    without = step.adapter.steps["reuse"](step.x, step.features, torch.zeros_like(forecast[0]))
     assert (without - output).abs().max() > 0.01
 
 
@@ -236,14 +236,14 @@ def test_reuse_reads_only_the_features_of_the_final_layer() -> None:
     """What concerns the slots is in the forecast already."""
     step = full_step()
     _, forecast = step.run(*step.held())
-    output = step.adapter.reuse(step.x, step.features, forecast[0])
+    output = step.adapter.steps["reuse"](step.x, step.features, forecast[0])
     slots = step.features.clone()
     slots[:, :-128] += 1
-    assert torch.equal(step.adapter.reuse(step.x, slots, forecast[0]), output)
+    assert torch.equal(step.adapter.steps["reuse"](step.x, slots, forecast[0]), output)
     for half in (slice(-128, -64), slice(-64, None)):
         final = step.features.clone()
         final[:, half] += 1
-        assert not torch.equal(step.adapter.reuse(step.x, final, forecast[0]), output)
+        assert not torch.equal(step.adapter.steps["reuse"](step.x, final, forecast[0]), output)
 
 
 @torch.no_grad()
@@ -268,8 +268,8 @@ def test_each_row_is_its_own() -> None:
         found = alone.run(ahead[:, n], weights)
         torch.testing.assert_close(found[0], output[n], rtol=0, atol=2e-6)
         torch.testing.assert_close(found[1], forecast[:, n], rtol=0, atol=2e-6)
-        reused = step.adapter.reuse(alone.x, alone.features, forecast[0, n])
-        wanted = step.adapter.reuse(step.x, step.features, forecast[0])[n]
+        reused = step.adapter.steps["reuse"](alone.x, alone.features, forecast[0, n])
+        wanted = step.adapter.steps["reuse"](step.x, step.features, forecast[0])[n]
         torch.testing.assert_close(reused, wanted, rtol=0, atol=2e-6)
 
 

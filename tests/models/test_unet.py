@@ -64,7 +64,7 @@ def test_adapter_is_the_model(changes: dict[str, Any]) -> None:
         assert found.shape == (1, adapter.output_channels, *x.shape[2:])
         assert forecast.shape == (1, 1, *adapter.slot_shape)
         torch.testing.assert_close(found, wanted, rtol=0, atol=2e-6)
-        assert torch.equal(adapter.reuse(x, features, forecast[0]), found)
+        assert torch.equal(adapter.steps["reuse"](x, features, forecast[0]), found)
 
 
 @torch.no_grad()
@@ -119,12 +119,12 @@ def test_a_reuse_step_runs_the_outer_layers_only() -> None:
     assert adapter.shallow == ("blocks.0", "blocks.9", "blocks.10", "final")
     x, forecast = samples(adapter, 2), torch.randn(2, *adapter.slot_shape)
     features = adapter.temporal(torch.tensor([500.0]), torch.tensor([0, 0]))[0]
-    before = adapter.reuse(x, features, forecast)
+    before = adapter.steps["reuse"](x, features, forecast)
     shallow = tuple(f"{name}." for name in adapter.shallow)
     for name, layer in adapter.layers().items():
         kept = layer.weight.data
         layer.weight.data = kept * 1.5
-        changed = not torch.equal(adapter.reuse(x, features, forecast), before)
+        changed = not torch.equal(adapter.steps["reuse"](x, features, forecast), before)
         layer.weight.data = kept
         assert changed == name.startswith(shallow), name
 

@@ -11,7 +11,7 @@ import pytest
 from ditcast import recipe as recipes
 from ditcast.bundle import Bundle
 from ditcast.cache import make_plan
-from ditcast.cache.fitted import of_target, save
+from ditcast.cache.fitted import Fitted, of_target, save
 from ditcast.cache.plan import hold
 from ditcast.calibrate import calibrate
 from ditcast.calibrate.cache import FILE
@@ -51,7 +51,7 @@ def test_a_guarded_plan_is_what_both_loops_run(tiny: LoadedModel, tmp_path: Path
     calibrate(bundle, tiny)
     held = of_target(bundle, "onnxruntime")
     assert held.reuse is not None
-    save(held._replace(reuse=np.full_like(held.reuse, -1)), bundle.staged(FILE))
+    save(held._replace(reuse=np.full_like(held.reuse, -1)), Fitted(), bundle.staged(FILE))
     assert bundle.manifest.cache is not None
     section = bundle.manifest.cache.model_copy(update={"held_back": 16})
     bundle.commit({"cache": section})
@@ -70,7 +70,7 @@ def test_graphs_of_other_tables_are_stale(tiny: LoadedModel, tmp_path: Path) -> 
     bundle = make_bundle(tiny, tmp_path / "b", correction="moment", scheme="none")
     held = of_target(bundle, "onnxruntime")
     assert held.gain is not None
-    save(held._replace(gain=held.gain * 2), bundle.staged(FILE))
+    save(held._replace(gain=held.gain * 2), Fitted(), bundle.staged(FILE))
     bundle.commit({})
     with pytest.raises(BundleError, match="was made from other calibration data"):
         Pipeline(bundle).sample(LABELS)

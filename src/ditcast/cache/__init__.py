@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ditcast.cache import fora, none, taylor
+from ditcast.cache import first_block, fora, none, relational, stack, taylor
 from ditcast.cache.plan import StepPlan
 from ditcast.errors import ConfigError
 
@@ -12,6 +12,11 @@ POLICIES: dict[str, Callable[[int, int, int, int], StepPlan]] = {
     "none": none.plan,
     "fora": fora.plan,
     "taylor": taylor.plan,
+    "rfe": relational.rfe,
+    "rcs": relational.rcs,
+    "relational": relational.plan,
+    "first-block": first_block.plan,
+    "stack": stack.plan,
 }
 
 
@@ -37,7 +42,7 @@ def make_plan(policy: str, *, steps: int, interval: int, slots: int, order: int 
 
 def idle(policy: str, plan: StepPlan) -> str | None:
     """Why a cache policy does nothing under a plan; None where it does something."""
-    if policy == "none" or not plan.full.all():
+    if policy == "none" or plan.gate is not None or not plan.full.all():
         return None
     return (
         f"cache {policy} never reuses: all {len(plan.full)} steps are full; "

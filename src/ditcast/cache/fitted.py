@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,17 +23,26 @@ class Fitted(NamedTuple):
     """Tables over the T steps of one plan; None where there is nothing of the kind.
 
     `forecast` and `reuse` (T, slots) are the errors that the noise guard decides on. `gain` and
-    `offset` (T, C) correct the sample after each step: `x * gain + offset` per channel.
+    `offset` (T, C) correct the sample after each step: `x * gain + offset` per channel. A gate
+    has its `threshold` () and its `polynomial` (P,), highest power first.
     """
 
     forecast: Table | None = None
     reuse: Table | None = None
     gain: Table | None = None
     offset: Table | None = None
+    threshold: Table | None = None
+    polynomial: Table | None = None
 
     def plan(self, manifest: Manifest) -> StepPlan:
-        """The recipe's plan, with forecasts where the guard lets them."""
+        """The recipe's plan, with forecasts where the guard lets them, and what its gate needs."""
         found = recipe_plan(manifest)
+        if found.gate is not None and self.threshold is not None:
+            polynomial = found.gate.polynomial
+            if self.polynomial is not None:
+                polynomial = tuple(self.polynomial.tolist())
+            gate = replace(found.gate, threshold=float(self.threshold), polynomial=polynomial)
+            return replace(found, gate=gate)
         if self.forecast is None or self.reuse is None:
             return found
         return guarded(found, self.forecast, self.reuse)
@@ -53,30 +63,39 @@ def recipe_plan(manifest: Manifest) -> StepPlan:
 def guarding(manifest: Manifest) -> bool:
     """Whether a bundle's plan has forecasts of quantized outputs, and the guard is on."""
     plan = recipe_plan(manifest)
-    forecasts = plan.history > 1 and not plan.full.all()
+    forecasts = plan.history > 1 and not plan.full.all() and plan.form == "forecast"
     return forecasts and manifest.recipe.guard == "on" and manifest.quantization is not None
 
 
 def missing(manifest: Manifest) -> bool:
     """Whether the recipe asks for something that has not been fitted."""
-    section, needed = manifest.cache, guarding(manifest) or manifest.recipe.correction != "none"
+    section, gate = manifest.cache, recipe_plan(manifest).gate
+    needed = gate is not None or guarding(manifest) or manifest.recipe.correction != "none"
     return needed and (section is None or section.made_from != manifest.fingerprint())
 
 
-def save(fitted: Fitted, path: Path) -> None:
-    """Write as safetensors."""
-    found = {name: table for name, table in fitted._asdict().items() if table is not None}
+def save(fitted: Fitted, reference: Fitted, path: Path) -> None:
+    """Write as safetensors: what the plan needs, and what it needs in full precision."""
+    found = {
+        f"{prefix}{name}": table
+        for prefix, tables in (("", fitted), (f"{REFERENCE}.", reference))
+        for name, table in tables._asdict().items()
+        if table is not None
+    }
     tensors.save(found, path)
 
 
 def of_target(bundle: Bundle, target: str) -> Fitted:
-    """What was fitted to the plan as a target runs it: nothing for full precision.
+    """What was fitted to the plan as a target runs it.
 
     Raises:
         BundleError: it is damaged.
     """
     section = bundle.manifest.cache
-    if section is None or target == REFERENCE:
+    if section is None:
         return Fitted()
     bundle.check(section.file)
-    return Fitted(**tensors.load(bundle.file(section.file))[0])
+    found, prefix = tensors.load(bundle.file(section.file))[0], f"{REFERENCE}."
+    of_reference = {key for key in found if key.startswith(prefix)}
+    keys = of_reference if target == REFERENCE else found.keys() - of_reference
+    return Fitted(**{key.removeprefix(prefix): found[key] for key in keys})

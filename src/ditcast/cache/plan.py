@@ -2,24 +2,57 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 
+@dataclass(frozen=True, kw_only=True)
+class Gate:
+    """How a dynamic policy decides before each step that it is not told to compute.
+
+    The step's gauge, a cheap tensor, is compared with what is expected of it: the gauge of the
+    step before (`every_step`) or that of the last full step, extrapolated from the last
+    `order + 1` of them. Their relative L1 distance, that of the worst sample of the batch, is
+    rescaled by `polynomial` (highest power first) and, where the gate `adds`, summed up since the
+    last full step. The step is a reuse step where that stays below `threshold`; None is one that
+    has still to be found.
+    """
+
+    graph: str  # that gives gauge and drift
+    order: int = 0
+    every_step: bool = False
+    adds: bool = False
+    polynomial: tuple[float, ...] = (1.0, 0.0)
+    threshold: float | None = None
+
+    def rescaled(self, drift: float) -> np.float32:
+        """The polynomial of a drift, operation for operation as in the graph loop."""
+        first, *others = map(np.float32, self.polynomial)
+        found = first
+        for coefficient in others:
+            found = found * np.float32(drift) + coefficient
+        return found
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class StepPlan:
-    """A static cache schedule over the T steps of a trajectory.
+    """A cache schedule over the T steps of a trajectory.
 
-    `full` is `(T,)` bool: True computes every slot, False is a reuse step. `weights` is
-    `(T, history, slots)` float32: at a reuse step, slot k is predicted as
-    `sum_i weights[t, i, k] * Y_i[k]`, where `Y_0` is the newest full step's un-gated output,
-    `Y_1` the one before, and so on. Rows of full steps are zero and never read.
+    `full` is `(T,)` bool: True computes every slot, False is a reuse step; with a `gate` False is
+    for it to decide. `form` names how both kinds of steps are computed (`cache.stepping`).
+
+    `weights` is `(T, history, slots)` float32: at a reuse step of the form `forecast`, slot k is
+    predicted as `sum_i weights[t, i, k] * Y_i[k]`, where `Y_0` is the newest full step's un-gated
+    output, `Y_1` the one before, and so on. Rows of full steps are zero and never read. Other
+    forms find their weights on the way, and only the length of the history counts.
     """
 
     full: NDArray[np.bool_]
     weights: NDArray[np.float32]
+    form: str = "forecast"
+    gate: Gate | None = None
 
     def __post_init__(self) -> None:
         """A trajectory has to start with a full step: there is nothing to reuse before it."""
@@ -33,8 +66,12 @@ class StepPlan:
 
     @property
     def full_steps(self) -> int:
-        """NFC: the number of full steps."""
+        """NFC: the number of full steps; with a gate the least number."""
         return int(self.full.sum())
+
+    def first(self, steps: int) -> StepPlan:
+        """The plan of the first `steps` steps."""
+        return replace(self, full=self.full[:steps], weights=self.weights[:steps])
 
     def ahead(self) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """What full steps sum up for later reuse steps: `(T, R)` steps, `(T, R, slots)` weights.
@@ -66,3 +103,12 @@ def hold(full: NDArray[np.bool_], slots: int) -> StepPlan:
     """The plan that repeats the newest full step's outputs at every reuse step."""
     weights = np.where(full, 0.0, 1.0)[:, None, None] * np.ones((1, 1, slots))
     return StepPlan(full=full, weights=weights.astype(np.float32))
+
+
+def gated(steps: int, slots: int, *, form: str, gate: Gate, forced: list[int]) -> StepPlan:
+    """A plan whose gate decides on all steps but the `forced` ones (negative: from the end)."""
+    full = np.zeros(steps, bool)
+    for step in forced:
+        full[step if step < 0 else min(step, steps - 1)] = True
+    weights = np.zeros((steps, gate.order + 1, slots), np.float32)
+    return StepPlan(full=full, weights=weights, form=form, gate=gate)

@@ -124,7 +124,7 @@ class Adapter(Protocol):
     # (sample [N,C,H,W], features [N,F], ahead [R,N,F], weights [R,slots])
     # -> (output [N,C',H,W], forecast [R,N,*slot_shape])
     denoiser: nn.Module
-    reuse: nn.Module  # (sample, features, forecast [N,*slot_shape]) -> output
+    steps: dict[str, nn.Module]  # step graphs by name, those of `cache.stepping.GRAPHS` it has
     stem: nn.Module  # sample -> h, what the first part takes
     parts: tuple[Part, ...]  # after the stem, in network order
     shallow: tuple[str, ...]  # the names of those that a reuse step runs

@@ -26,10 +26,9 @@ from ditcast.models.base import (
     frequencies,
     linears_of,
 )
-from ditcast.models.operators import Attention
+from ditcast.models.dit_network import ACTIVATIONS, Denoiser
+from ditcast.models.dit_steps import STEPS
 from ditcast.recipe import TEMPORAL
-
-ACTIVATIONS = {"gelu": "none", "gelu-approximate": "tanh"}
 
 
 class TemporalFeatures(Temporal):
@@ -82,135 +81,6 @@ class TemporalFeatures(Temporal):
         return functional.silu(time[:, None] + label[None])
 
 
-class Mlp(nn.Module):
-    """Linear, GELU, Linear."""
-
-    def __init__(self, feed_forward: Any, approximate: str) -> None:
-        """Share the two Linears of a diffusers feed-forward."""
-        super().__init__()
-        self.fc1 = feed_forward.net[0].proj
-        self.fc2 = feed_forward.net[2]
-        self.approximate = approximate
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, S, D) -> (N, S, D)."""
-        hidden = functional.gelu(self.fc1(x), approximate=self.approximate)
-        projected: Tensor = self.fc2(hidden)
-        return projected
-
-
-class Block(nn.Module):
-    """One transformer block without its TIB: two norms and two slots."""
-
-    def __init__(self, block: Any, approximate: str) -> None:
-        """Share the parameters of a diffusers block."""
-        super().__init__()
-        self.norm1, self.norm2 = block.norm1.norm, block.norm3
-        self.attn = Attention(block.attn1)
-        self.mlp = Mlp(block.ff, approximate)
-
-    def forward(self, h: Tensor, features: Tensor) -> Tensor:
-        """(N, S, D) and the block's features (N, 6 D) -> (N, S, D)."""
-        return self.slots(h, features)[0]
-
-    def slots(self, h: Tensor, features: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """The same, with the output Y of both slots before its gate."""
-        rows = features.chunk(6, dim=-1)
-        h, first = self._slot(h, self.norm1, self.attn, rows[:3])
-        h, second = self._slot(h, self.norm2, self.mlp, rows[3:])
-        return h, (first, second)
-
-    def _slot(
-        self, h: Tensor, norm: nn.Module, module: nn.Module, rows: tuple[Tensor, ...]
-    ) -> tuple[Tensor, Tensor]:
-        shift, scale, gate = rows
-        y = module(norm(h) * (1 + scale[:, None]) + shift[:, None])
-        return h + gate[:, None] * y, y
-
-
-class FinalLayer(nn.Module):
-    """Norm, modulation, projection and un-patching."""
-
-    def __init__(self, model: DiTTransformer2DModel) -> None:
-        """Share the parameters of `model`."""
-        super().__init__()
-        self.norm, self.proj = model.norm_out, model.proj_out_2
-        self.patch, self.channels = model.config.patch_size, model.out_channels
-        self.grid = model.config.sample_size // model.config.patch_size
-
-    def forward(self, h: Tensor, features: Tensor) -> Tensor:
-        """(N, S, D) and its features (N, 2 D) -> (N, C', H, W)."""
-        shift, scale = features.chunk(2, dim=-1)
-        h = self.proj(self.norm(h) * (1 + scale[:, None]) + shift[:, None])
-        g, p, c = self.grid, self.patch, self.channels
-        h = h.reshape(-1, g, g, p, p, c).permute(0, 5, 1, 3, 2, 4)  # (N, C', g, p, g, p)
-        return h.reshape(-1, c, g * p, g * p)
-
-
-class Denoiser(nn.Module):
-    """A full step: every slot is computed, and what later reuse steps add to their stream."""
-
-    def __init__(self, model: DiTTransformer2DModel) -> None:
-        """Share the parameters of `model` (q, k, v are copied into one Linear)."""
-        super().__init__()
-        approximate = ACTIVATIONS[model.config.activation_fn]
-        self.patch_embed = model.pos_embed
-        blocks = [Block(b, approximate) for b in model.transformer_blocks]
-        self.blocks: Any = nn.ModuleList(blocks)  # typed, iterating it gives no Block
-        self.final = FinalLayer(model)
-        self.width = model.inner_dim
-
-    def forward(
-        self, sample: Tensor, features: Tensor, ahead: Tensor, weights: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Output (N, C', H, W) and forecast (R, N, S, D) of a sample (N, C, H, W).
-
-        `features` (N, F) are those of this step; `ahead` (R, N, F) those of R later reuse
-        steps, and `weights` (R, slots) how much of each slot's output Y each of them takes:
-        `forecast[r] = sum_k weights[r, k] * gate_k(ahead[r]) * Y_k`. It is summed up while Y is
-        at hand, because a Y that is written down and read again costs more than it is worth.
-        """
-        widths = [6 * self.width] * len(self.blocks) + [2 * self.width]
-        *parts, last = features[:, : sum(widths)].split(widths, dim=-1)
-        gates = self._gates(ahead, weights)
-        h = self.patch_embed(sample)  # (N, S, D)
-        forecast = None
-        for i, (block, part) in enumerate(zip(self.blocks, parts, strict=True)):
-            h, outputs = block.slots(h, part)
-            for j, y in enumerate(outputs):
-                added = gates[2 * i + j] * y
-                forecast = added if forecast is None else forecast + added
-        assert forecast is not None  # a model has blocks
-        return self.final(h, last), forecast
-
-    def _gates(self, ahead: Tensor, weights: Tensor) -> tuple[Tensor, ...]:
-        """The weighted gate of every slot at the steps ahead, one (R, N, 1, D) per slot."""
-        slots = 2 * len(self.blocks)
-        steps, rows, _ = ahead.shape
-        triples = ahead[..., : 3 * slots * self.width]
-        gates = triples.reshape(steps, rows, slots, 3, self.width)[..., 2, :]
-        scaled = gates * weights[:, None, :, None]
-        found: tuple[Tensor, ...] = scaled.split(1, dim=2)
-        return found
-
-
-class Reuse(nn.Module):
-    """A reuse step: the stream takes the forecast in place of the blocks."""
-
-    def __init__(self, denoiser: Denoiser) -> None:
-        """Share the embedding and the final layer of `denoiser`."""
-        super().__init__()
-        self.patch_embed, self.final = denoiser.patch_embed, denoiser.final
-        last = 6 * denoiser.width * len(denoiser.blocks)
-        self.columns = slice(last, last + 2 * denoiser.width)
-
-    def forward(self, sample: Tensor, features: Tensor, forecast: Tensor) -> Tensor:
-        """(N, C, H, W), (N, F), (N, S, D) -> output (N, C', H, W)."""
-        h = self.patch_embed(sample) + forecast
-        output: Tensor = self.final(h, features[:, self.columns])
-        return output
-
-
 class DiTAdapter:
     """`Adapter` for `DiTTransformer2DModel`."""
 
@@ -241,7 +111,8 @@ class DiTAdapter:
         self.temporal: Temporal = TemporalFeatures(model).eval().requires_grad_(False)
         denoiser = Denoiser(model).eval().requires_grad_(False)
         self.denoiser: nn.Module = denoiser
-        self.reuse: nn.Module = Reuse(denoiser).eval()
+        self.steps: dict[str, nn.Module] = {"full": denoiser}
+        self.steps |= {name: make(denoiser).eval() for name, make in STEPS.items()}
         self.slot_shape: tuple[int, ...] = ((size // config.patch_size) ** 2, model.inner_dim)
         self.stem = denoiser.patch_embed
         width, layers = model.inner_dim, config.num_layers

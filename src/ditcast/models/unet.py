@@ -196,7 +196,7 @@ class UNetAdapter:
         self.temporal: Temporal = TemporalFeatures(model, [*resnets, None]).eval()
         denoiser = Denoiser(model, self._units).eval().requires_grad_(False)
         self.denoiser: nn.Module = denoiser
-        self.reuse: nn.Module = Reuse(denoiser).eval()
+        self.steps: dict[str, nn.Module] = {"full": denoiser, "reuse": Reuse(denoiser).eval()}
         self.stem, self.parts = denoiser.stem, denoiser.parts
         ran = (*self.parts[: denoiser.down], *self.parts[denoiser.up :])
         self.shallow = tuple(part.name for part in ran)
