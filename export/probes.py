@@ -111,7 +111,9 @@ class _Feeds:
             return before["gauge"][None].repeat(self.history, *[1] * len(before["gauge"].shape))
         if name in ("stream", "residual"):
             found = self._run("block", self.known | self.nothing)
-            return (found if name in found else self._run("rest", self.known | found))[name]
+            if name not in found:
+                found = self._run("rest", self.known | found)
+            return found[name]
         found = self._run("observe", self.known | self.nothing | {"features": self.second})
         kept = {"y": found["y_now"], "a": found["a_now"]}
         if graph != "observe":  # two full steps lie behind a reuse step

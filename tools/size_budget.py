@@ -51,9 +51,10 @@ def _positional(node: ast.FunctionDef | ast.AsyncFunctionDef, method: bool) -> i
     """Positional parameters without self or cls.
 
     Click and pytest call by keyword: a command has one parameter per option, a test or a
-    fixture one per fixture it uses. So functions with a decorator and tests count as none.
+    fixture one per fixture it uses. So functions with a decorator and tests count as none, and so
+    does `forward`, which has one per input of a graph.
     """
-    if node.decorator_list or node.name.startswith("test_"):
+    if node.decorator_list or node.name.startswith("test_") or node.name == "forward":
         return 0
     return len(node.args.posonlyargs) + len(node.args.args) - method
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
@@ -15,6 +14,7 @@ from rich.table import Table
 from ditcast import __version__
 from ditcast.bundle import Bundle
 from ditcast.cache.fitted import recipe_plan
+from ditcast.commands.sample import sample
 from ditcast.errors import ConfigError, DitcastError, ParityError
 from ditcast.options import (
     BACKEND,
@@ -30,6 +30,7 @@ from ditcast.options import (
     parse_labels,
     recipe_options,
     runtime_options,
+    write_json,
 )
 from ditcast.recipe import load as load_recipe
 from ditcast.settings import Settings
@@ -51,6 +52,9 @@ if TYPE_CHECKING:
 @click.version_option(__version__, prog_name="ditcast")
 def app() -> None:
     """Calibrate, export and run diffusion transformers and U-Nets, quantized and cached."""
+
+
+app.add_command(sample)
 
 
 @app.command("compile")
@@ -117,94 +121,17 @@ def calibrate(
 def export(bundle: Path, targets: tuple[str, ...]) -> None:
     """Export the graphs of a calibrated bundle: those of a target that are missing or stale."""
     opened = Bundle.open(bundle)
-    source = opened.manifest.model.source
-    loaded = _load(source)
+    loaded = _load(source := opened.manifest.model.source)
     from ditcast.models.base import describe
 
-    manifest = describe(loaded, opened.manifest.recipe)
-    if manifest.fingerprint() != opened.manifest.fingerprint():
+    found = describe(loaded, opened.manifest.recipe)
+    if found.fingerprint() != opened.manifest.fingerprint():
         raise ConfigError(
             f"export: {source} has changed since {bundle} was calibrated; "
             "compile a new bundle with another -o"
         )
     _export(opened, loaded, targets, "onnxruntime")
     click.echo(f"{bundle}: exported; next: ditcast bench {bundle}")
-
-
-@app.command()
-@BUNDLE
-@OUTPUT
-@click.option("--labels", required=True, help="classes by number or name: --labels 3 5")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
-@click.option("--steps", type=int, help="instead of the recipe's")
-@click.option("--guidance", type=float, help="instead of the recipe's")
-@click.option("--cache", help="instead of the recipe's policy, such as none")
-@click.option("--target", help="graphs to run, such as reference  [default: the backend's]")
-@click.option("--scale", type=click.IntRange(1), default=1, show_default=True, help="enlarge .png")
-@click.option("--low-memory", is_flag=True, help="load the parts of the model one by one")
-@LOOP
-@BACKEND
-@runtime_options
-@STRICT
-@JSON
-def sample(
-    bundle: Path,
-    output: Path,
-    labels: str,
-    seed: int,
-    steps: int | None,
-    guidance: float | None,
-    cache: str | None,
-    target: str | None,
-    scale: int,
-    low_memory: bool,
-    loop: Literal["host", "graph"],
-    backend: str,
-    settings: Settings,
-    strict: bool,
-    json_file: Path | None,
-) -> None:
-    """Sample images: a .png grid, or a .npy of the samples themselves."""
-    import time
-
-    import numpy as np
-
-    from ditcast.progress import counting
-    from ditcast.runtime import Pipeline, images, machine
-
-    pipeline = Pipeline(
-        bundle, backend=backend, target=target, settings=settings, low_memory=low_memory
-    )
-    images.check_output(output, pipeline.model.sample_shape[0])
-    plan = pipeline.plan(steps, cache)
-    warn_of_idle_cache(cache or pipeline.recipe.cache, plan, strict)
-    numbers = parse_labels(labels, pipeline.model.classes)
-    size = pipeline.recipe.batch
-    starts = range(0, len(numbers), size)
-    started = time.perf_counter()
-    found = []
-    # The graph loop shows nothing between its start and its end.
-    pieces = len(starts) * (1 if loop == "graph" else steps or pipeline.recipe.steps)
-    with counting("sampling", pieces) as advance:
-        for i in starts:
-            batch = pipeline.sample(
-                numbers[i : i + size],
-                seed=seed,
-                first=i,
-                guidance=guidance,
-                steps=steps,
-                cache=cache,
-                loop=loop,
-                callback=None if loop == "graph" else lambda step: advance(),
-            )
-            found.append(batch)
-    seconds = time.perf_counter() - started
-    images.save(np.concatenate(found), output, scale)
-    figures = {"images": len(numbers), "seconds": round(seconds, 3)}
-    figures |= {"full_steps": plan.full_steps, "reuse_steps": len(plan.full) - plan.full_steps}
-    memory = {"peak_memory_mib": round(machine.peak_memory_mib(), 1)}
-    _write_json(json_file, figures | memory | pipeline.backend.facts())
-    click.echo(f"{output}: {len(numbers)} images in {seconds:.1f} s")
 
 
 @app.command()
@@ -269,7 +196,7 @@ def verify(bundle: Path) -> None:
 def inspect(bundle: Path, json_file: Path | None) -> None:
     """Show what a bundle holds."""
     manifest = Bundle.open(bundle).manifest
-    _write_json(json_file, manifest.model_dump(mode="json"))
+    write_json(json_file, manifest.model_dump(mode="json"))
     table = Table(show_header=False, box=None)
     for key, value in bundle_rows(manifest).items():
         if value:
@@ -329,7 +256,7 @@ def _audit(
     from ditcast.runtime.choice import open_backend
 
     found = audit(bundle, open_backend(backend, bundle, settings), loop)
-    _write_json(json_file, found.as_json())
+    write_json(json_file, found.as_json())
     warn_of_slow_integers(found)
     for line in audit_lines(found):
         click.echo(line)
@@ -357,15 +284,10 @@ def _bench(
     report = bench(bundle, backend=backend, settings=settings, count=count, steps=steps, seed=seed)
     announce(report)
     show(summary(report), right=1)
-    _write_json(json_file, {key: value for key, value in report.items() if key != "shown"})
+    write_json(json_file, {key: value for key, value in report.items() if key != "shown"})
     page = write_report(bundle, report)
     if page is not None:
         click.echo(f"report: {page}")
-
-
-def _write_json(path: Path | None, values: dict[str, Any]) -> None:
-    if path is not None:
-        path.write_text(json.dumps(values, indent=1) + "\n")
 
 
 def main() -> None:

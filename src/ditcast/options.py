@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Callable
 from pathlib import Path
 from types import UnionType
@@ -124,3 +125,9 @@ def join_labels(arguments: list[str]) -> list[str]:
         inside = argument == "--labels"
         found += [argument, ""] if inside else [argument]
     return found
+
+
+def write_json(path: Path | None, values: dict[str, Any]) -> None:
+    """Write the figures of a command to the file of its `--json`, if there is one."""
+    if path is not None:
+        path.write_text(json.dumps(values, indent=1) + "\n")

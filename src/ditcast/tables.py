@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 WIDTH = 120  # columns, where the output is no terminal
 PAYS = 2.0  # integers that are not this much faster than float gain little in a whole step
+ORDERED = ("taylor", "rfe", "rcs", "relational")  # caches that have an order
 SHOWN_KERNELS = 8  # of everything that is no quantized layer; the rest is summed up
 
 
@@ -94,7 +95,10 @@ def bundle_rows(manifest: Manifest) -> dict[str, str]:
         f"balance {recipe.balance}",
         "temporal features": f"{recipe.temporal}, ranges per step: {recipe.fsc}",
         "cache": f"{recipe.cache}, interval {recipe.interval}, {len(model.slots)} slots"
-        + (f", order {recipe.order}" if recipe.cache == "taylor" else ""),
+        + (f", order {recipe.order}" if recipe.cache in ORDERED else ""),
+        "threshold": f"{fit.threshold:.5g}, {fit.full_steps:.1f} full steps on average"
+        if fit is not None and fit.threshold is not None
+        else "",
         "noise guard": f"{fit.held_back} of {fit.forecasts} forecasts are plain reuse"
         if fit is not None and fit.forecasts
         else "",
@@ -116,6 +120,28 @@ def warn_of_idle_cache(policy: str, plan: StepPlan, strict: bool) -> None:
     if reason is not None and strict:
         raise ConfigError(reason)
     if reason is not None:
+        say(f"warning: {reason}")
+
+
+def warn_of_idle_run(policy: str, plan: StepPlan, full: list[int], strict: bool) -> None:
+    """Say where a policy that decides on the way never triggered in any batch, or always did.
+
+    `full` are the full steps of each batch.
+
+    Raises:
+        ConfigError: the same, where it is asked to be strict.
+    """
+    if plan.gate is None:
+        return
+    steps, threshold = len(plan.full), f"its threshold is {plan.gate.threshold:.5g}"
+    reason = ""
+    if all(count == steps for count in full):
+        reason = f"cache {policy} never reused: all {steps} steps were full; {threshold}"
+    elif all(count == plan.full_steps for count in full):
+        reason = f"cache {policy} reused every step that it may: {threshold}"
+    if reason and strict:
+        raise ConfigError(reason)
+    if reason:
         say(f"warning: {reason}")
 
 

@@ -224,7 +224,11 @@ def test_a_plan_starts_with_a_full_step() -> None:
         ("fora", 6, r"interval: got 6, expected at most the number of steps \(5\); take more"),
         ("fora", 0, "interval: got 0, expected at least 1"),
         ("taylor", -1, "interval: got -1, expected at least 1"),
-        ("teacache", 2, "cache: unknown policy 'teacache'; expected one of none, fora, taylor, rfe"),
+        (
+            "teacache",
+            2,
+            "cache: unknown policy 'teacache'; expected one of none, fora, taylor, rfe",
+        ),
     ],
 )
 def test_bad_requests_say_what_is_expected(policy: str, interval: int, match: str) -> None:

@@ -1,4 +1,4 @@
-"""TeaCache (Liu et al. 2025, arXiv 2411.19108): the residual of all blocks, while they see alike."""
+"""TeaCache (Liu et al. 2025, arXiv 2411.19108): residuals while inputs are alike."""
 
 from __future__ import annotations
 

@@ -148,6 +148,15 @@ class Extrapolate(_Step):
         return output
 
 
+def estimate(y: Tensor, increment: Tensor, slope: Tensor, moved: Tensor) -> Tensor:
+    """RFE of one slot: `y + slope |moved| increment / |increment|`, (N, S, D), per sample.
+
+    `slope` is (N,); without an increment there is no change.
+    """
+    length = slope * _length(moved) / (_length(increment) + TINY)
+    return y + length[:, None, None] * increment
+
+
 class Relate(_Step):
     """Every slot changes in the direction of its forecast, as far as its input has (RFE)."""
 
@@ -162,18 +171,16 @@ class Relate(_Step):
     ) -> Tensor:
         """(N, C, H, W), (N, F), (H,), (H, K, N, S, D), (K, N, S, D), (K, N) -> output.
 
-        `Y_p + slope |A_now - A_p| V / |V|`, where V is the increment that the factors forecast;
-        A_now is of the stream that earlier slots have estimated. Without a V there is no change.
+        The increment is what the factors forecast, and the input that of the stream which earlier
+        slots have estimated.
         """
         *parts, last = self.rows(features)
         h, increments = self.patch_embed(sample), _expected(y, factors) - y[0]
-        lengths = slope / (_length(increments) + TINY)
         for i, (block, part) in enumerate(zip(self.blocks, parts, strict=True)):
             for j in range(2):
-                slot = 2 * i + j
+                k = 2 * i + j
                 now, gate = block.enter(j, h, part)
-                length = lengths[slot] * _length(now - a[slot])
-                h = h + gate * (y[0, slot] + length[:, None, None] * increments[slot])
+                h = h + gate * estimate(y[0, k], increments[k], slope[k], now - a[k])
         output: Tensor = self.final(h, last)
         return output
 

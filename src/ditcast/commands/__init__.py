@@ -1,0 +1,1 @@
+"""Sub-commands in files of their own; `ditcast.cli` puts them together."""

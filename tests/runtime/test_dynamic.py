@@ -1,0 +1,253 @@
+"""Policies that decide on the way, or find their weights there: both loops, and refusals."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from ditcast.bundle import Bundle
+from ditcast.cache import make_plan
+from ditcast.cache.stepping import GRAPHS, graphs
+from ditcast.calibrate import qparams
+from ditcast.calibrate.simulate import quantized
+from ditcast.calibrate.trajectory import sample
+from ditcast.errors import ConfigError
+from ditcast.manifest import REFERENCE
+from ditcast.models import LoadedModel
+from ditcast.models.dit_steps import estimate
+from ditcast.runtime import Pipeline
+from ditcast.runtime.audit import audit
+from ditcast.schedule import from_config
+from tests.conftest import Cli, make_bundle
+
+STEPS, INTERVAL = 10, 3
+POLICIES = ("rfe", "rcs", "relational", "first-block", "stack")
+LABELS = [0, 1, 4]
+
+
+@pytest.fixture(scope="module", params=POLICIES)
+def made(
+    request: pytest.FixtureRequest, tiny: LoadedModel, tmp_path_factory: pytest.TempPathFactory
+) -> Bundle:
+    """A W8A8 bundle of each policy, of order 2 where it has one."""
+    path = tmp_path_factory.mktemp("dynamic") / "b"
+    keys: dict[str, Any] = {"cache": request.param, "steps": STEPS, "interval": INTERVAL}
+    return make_bundle(tiny, path, order=2, **keys)
+
+
+def full_of(pipeline: Pipeline, labels: list[int], **options: Any) -> tuple[Any, list[bool]]:
+    """Samples of a request, and which of its steps were full."""
+    full: list[bool] = []
+    found = pipeline.sample(labels, callback=lambda step: full.append(step.full), **options)
+    return found, full
+
+
+def marking(full: list[bool]) -> Callable[[int, bool], None]:
+    """A callback of torch trajectories that keeps which steps were full."""
+
+    def mark(step: int, was_full: bool) -> None:
+        del step
+        full.append(was_full)
+
+    return mark
+
+
+def test_both_loops_give_the_same_bits(made: Bundle) -> None:
+    """One arithmetic: gauges, sums, ladders and polynomials, in two batch sizes."""
+    pipeline = Pipeline(made)
+    for labels in (LABELS, LABELS[:1]):
+        host = pipeline.sample(labels, seed=2)
+        assert np.array_equal(host, pipeline.sample(labels, seed=2, loop="graph"))
+
+
+def test_a_policy_reuses_and_stays_close(made: Bundle) -> None:
+    """Some steps are full and some are not; samples are near to those of all full steps."""
+    pipeline = Pipeline(made)
+    found, full = full_of(pipeline, LABELS)
+    exact, all_full = full_of(pipeline, LABELS, cache="none")
+    assert all(all_full)
+    assert 1 < sum(full) < STEPS
+    assert not np.array_equal(found, exact)
+    error = np.square(found - exact).mean() / np.ptp(exact) ** 2
+    assert -10 * np.log10(error) > 50
+
+
+def test_torch_decides_as_the_runtime_does(made: Bundle, tiny: LoadedModel) -> None:
+    """What was calibrated is what runs: the same steps, over 60 dB in full precision."""
+    manifest, recipe = made.manifest, made.manifest.recipe
+    for target, limit in ((REFERENCE, 60.0), ("onnxruntime", 40.0)):
+        pipeline, full = Pipeline(made, target=target), list[bool]()
+        wanted, steps = full_of(pipeline, LABELS, seed=1)
+        held = qparams.of_bundle(made) if target != REFERENCE else qparams.QParams()
+        with quantized(tiny.adapter, held):
+            found = sample(
+                tiny.adapter,
+                from_config(manifest.schedule),
+                sampler=recipe.sampler,
+                steps=STEPS,
+                guidance=recipe.guidance,
+                seed=1,
+                indices=range(len(LABELS)),
+                labels=LABELS,
+                plan=pipeline.plan(),
+                callback=marking(full),
+            )
+        error = np.square(found.numpy() - wanted).mean() / np.ptp(wanted) ** 2
+        assert -10 * np.log10(error) > limit
+        assert full == steps
+
+
+def test_requests_do_not_see_each_other(made: Bundle) -> None:
+    """The second request of a pipeline is that of a fresh one, whatever the first was."""
+    used = Pipeline(made)
+    used.sample([4, 3], seed=9)
+    used.sample([2], seed=8, guidance=1.0)
+    again = used.sample(LABELS, seed=3)
+    assert np.array_equal(again, Pipeline(made).sample(LABELS, seed=3))
+
+
+def test_a_bundle_holds_what_its_policy_runs(made: Bundle) -> None:
+    """The graphs of its steps, with every quantized layer in the audit."""
+    held = {graph.name for graph in made.manifest.graphs if graph.target == "onnxruntime"}
+    plan = Pipeline(made).plan()
+    assert held == {"temporal", "full", "reuse", "sampler", *graphs(plan)}
+    found = audit(made, Pipeline(made).backend)
+    assert found.passed
+    assert len(found.layers) == 8
+    looped = audit(made, Pipeline(made).backend, "graph")
+    assert looped.passed
+    assert len(looped.layers) == 8
+
+
+def test_the_threshold_is_tuned_to_the_interval(made: Bundle) -> None:
+    """As many full steps as TaylorSeer, in full precision and quantized; kept in the bundle."""
+    wanted = make_plan("taylor", steps=STEPS, interval=INTERVAL, slots=4).full_steps
+    if made.manifest.recipe.cache == "rfe":
+        assert made.manifest.cache is None
+        assert Pipeline(made).plan().full_steps == wanted
+        return
+    assert made.manifest.cache is not None
+    assert made.manifest.cache.full_steps == pytest.approx(wanted, abs=1.0)
+    for target in (REFERENCE, "onnxruntime"):
+        gate = Pipeline(made, target=target).plan().gate
+        assert gate is not None
+        assert gate.threshold is not None
+        assert gate.threshold > 0
+
+
+def test_other_steps_and_policies_are_refused(made: Bundle) -> None:
+    """A threshold belongs to its steps, graphs to their policy."""
+    pipeline, recipe = Pipeline(made), made.manifest.recipe
+    if recipe.cache != "rfe":
+        with pytest.raises(ConfigError, match=r"steps: got 8, but the cache of the bundle was ca"):
+            pipeline.sample([0], steps=8)
+    other = "stack" if recipe.cache != "stack" else "first-block"
+    with pytest.raises(ConfigError, match=f"cache: got {other}, which needs .* does not hold; com"):
+        pipeline.sample([0], cache=other)
+    assert len(pipeline.sample([0], cache="fora")) == 1  # every bundle can
+
+
+def test_caches_that_memory_does_not_hold(made: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """How much it would be, and what would fit."""
+    monkeypatch.setattr("ditcast.runtime.pipeline.available_memory_mib", lambda: 0.05)
+    match = r"cache: got \d+ MiB of kept outputs for 6 rows, expected at most the 0 MiB that are av"
+    with pytest.raises(ConfigError, match=match):
+        Pipeline(made).sample(LABELS)
+
+
+@pytest.fixture(scope="module")
+def stacked(tiny: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """A float bundle with a threshold of its own."""
+    path = tmp_path_factory.mktemp("stacked") / "b"
+    return make_bundle(tiny, path, scheme="none", cache="first-block", steps=6, threshold=0.2)
+
+
+def test_a_run_says_how_often_it_reused(stacked: Bundle, cli: Cli, tmp_path: Path) -> None:
+    """Full steps are counted on the way."""
+    out, report = tmp_path / "out.npy", tmp_path / "out.json"
+    done = cli("sample", stacked.path, "-o", out, "--labels", "0", "1", "--json", report)
+    assert done.code == 0, done.err
+    assert '"full_steps": ' in report.read_text()
+    assert "0.2" in cli("inspect", stacked.path).out
+
+
+@pytest.mark.parametrize(
+    ("threshold", "match"),
+    [(1e-9, "with which 6 of 6 steps are full"), (1e9, "with which 1 of 6 steps are full")],
+)
+def test_thresholds_that_decide_nothing(
+    tiny: LoadedModel, tmp_path: Path, threshold: float, match: str
+) -> None:
+    """All steps full, or none but those that have to be."""
+    with pytest.raises(ConfigError, match=match):
+        make_bundle(
+            tiny, tmp_path / "b", scheme="none", cache="first-block", steps=6, threshold=threshold
+        )
+
+
+def test_full_steps_fall_with_the_threshold(tiny: LoadedModel) -> None:
+    """From all of them to those of the warm-up (RFC's acceptance checks iv and v)."""
+    counts = []
+    for threshold in (0.0, 0.02, 0.1, 0.3, 1.0, 3.0, 1e9):
+        plan, full = _with_threshold("relational", threshold), list[bool]()
+        sample(
+            tiny.adapter,
+            from_config(tiny.scheduler),
+            sampler="ddim",
+            steps=STEPS,
+            guidance=2.0,
+            seed=0,
+            indices=range(2),
+            labels=[0, 1],
+            plan=plan,
+            callback=marking(full),
+        )
+        counts.append(sum(full))
+    assert counts[0] == STEPS
+    assert counts[-1] == 2
+    assert counts == sorted(counts, reverse=True)
+
+
+def _with_threshold(policy: str, threshold: float) -> Any:
+    plan = make_plan(policy, steps=STEPS, interval=INTERVAL, slots=4)
+    assert plan.gate is not None
+    return replace(plan, gate=replace(plan.gate, threshold=threshold))
+
+
+def relate(y: torch.Tensor, a: torch.Tensor, now: torch.Tensor, factors: torch.Tensor) -> Any:
+    """What RFE makes of one slot, (N, S, D), through the step module's own arithmetic."""
+    slope = (y[0] - y[1]).flatten(1).norm(dim=1) / (a[0] - a[1]).flatten(1).norm(dim=1)
+    increment = (factors[:, None, None, None] * y).sum(dim=0) - y[0]
+    return estimate(y[0], increment, slope, now - a[0])
+
+
+def test_rfe_is_exact_on_a_linear_module() -> None:
+    """Inputs that go straight on, at whatever speed (RFC 3.5 i): Taylor's first order is not."""
+    torch.manual_seed(0)
+    weight, start, direction = torch.randn(8, 8), torch.randn(2, 5, 8), torch.randn(2, 5, 8)
+    places = {"q": 0.0, "p": 1.0, "now": 1.7}  # Taylor would go on to 2
+    a = {name: start + place * direction for name, place in places.items()}
+    y = {name: x @ weight for name, x in a.items()}
+    last = torch.stack([y["p"], y["q"]]), torch.stack([a["p"], a["q"]])
+    found = relate(*last, a["now"], torch.tensor([2.0, -1.0]))
+    assert torch.allclose(found, y["now"], atol=1e-5)
+    assert not torch.allclose(2 * y["p"] - y["q"], y["now"], atol=0.1)
+
+
+def test_rfe_without_a_change_keeps_the_output() -> None:
+    """An input as at the last full step (3.5 ii), and an increment of zero (iii)."""
+    torch.manual_seed(1)
+    y, a = torch.randn(2, 2, 5, 8), torch.randn(2, 2, 5, 8)
+    assert torch.equal(relate(y, a, a[0], torch.tensor([2.0, -1.0])), y[0])
+    assert torch.equal(relate(y, a, torch.randn(2, 5, 8), torch.tensor([1.0, 0.0])), y[0])
+
+
+def test_every_step_graph_has_a_signature(tiny: LoadedModel) -> None:
+    """Adapters and policies name the same graphs."""
+    assert set(tiny.adapter.steps) == set(GRAPHS)
