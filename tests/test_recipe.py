@@ -114,6 +114,19 @@ def test_rules_of_every_scheme(scheme: str, temporal: str) -> None:
             {"steps": 4, "interval": 5},
             r"interval: got 5, expected at most .* steps \(4\); lower --i",
         ),
+        (
+            {"cache": "fora", "threshold": 0.1},
+            "threshold: got 0.1 with cache fora, whose full steps the interval gives; expected cache",
+        ),
+        ({"cache": "stack", "threshold": -1}, "threshold: got -1"),
+        (
+            {"cache": "stack", "trajectories": "cached"},
+            "trajectories: got cached with cache stack, whose full steps are only found after",
+        ),
+        (
+            {"cache": "relational", "fsc": "all"},
+            "fsc: got all with cache relational, which compares inputs of several steps",
+        ),
         ({"rules": "all"}, "rules: got 'all'"),
         (
             {"rules": [{"pattern": "*", "precision": "w8a8", "axis": 0}]},

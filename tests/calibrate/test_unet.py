@@ -170,13 +170,18 @@ def test_stored_features_without_a_null_label(tmp_path: Path) -> None:
     [
         ({"guidance": 2.0}, "guidance: got 2.0, but the model has no null label to guide away"),
         ({"balance": "smooth"}, "balance: got smooth, but no layer of the model can be balanced"),
+        (
+            {"cache": "stack"},
+            "cache: got stack, which needs the graphs change, but there are none for a UNet2DModel; "
+            "expected none, fora or taylor",
+        ),
     ],
 )
 def test_a_recipe_that_does_not_fit(tmp_path: Path, keys: dict[str, Any], match: str) -> None:
     """Before a bundle is started: an unconditional model without attention."""
     model = loaded(tmp_path, add_attention=False)
     with pytest.raises(ConfigError, match=match):
-        check(model, recipes.make(RECIPE | keys))
+        check(model, recipes.make(RECIPE | {"guidance": 1.0} | keys))
 
 
 def test_balancing_of_attention(model: LoadedModel, tmp_path: Path) -> None:
