@@ -75,7 +75,7 @@ class _Feeds:
         # The first row has the first slot alone: what lies behind the first layers only.
         weights = torch.ones(2, slots)
         weights[0, 1:] = 0
-        self.known = {
+        self.known: dict[str, Tensor] = {
             "sample": sample,
             "features": self.first,
             "ahead": self.second[None].repeat(2, 1, 1),

@@ -116,7 +116,7 @@ def test_rules_of_every_scheme(scheme: str, temporal: str) -> None:
         ),
         (
             {"cache": "fora", "threshold": 0.1},
-            "threshold: got 0.1 with cache fora, whose full steps the interval gives; expected cache",
+            "threshold: got 0.1 with cache fora, whose full steps the interval gives; expected",
         ),
         ({"cache": "stack", "threshold": -1}, "threshold: got -1"),
         (

@@ -172,8 +172,8 @@ def test_stored_features_without_a_null_label(tmp_path: Path) -> None:
         ({"balance": "smooth"}, "balance: got smooth, but no layer of the model can be balanced"),
         (
             {"cache": "stack"},
-            "cache: got stack, which needs the graphs change, but there are none for a UNet2DModel; "
-            "expected none, fora or taylor",
+            "cache: got stack, which needs the graphs change, but there are none for a "
+            "UNet2DModel; expected none, fora or taylor",
         ),
     ],
 )
