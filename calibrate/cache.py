@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from ditcast.bundle import Bundle
 from ditcast.cache import fitted, make_plan
-from ditcast.cache.fitted import Fitted, recipe_plan
+from ditcast.cache.fitted import Fitted, Table, recipe_plan
 from ditcast.cache.guard import held_back
 from ditcast.cache.stepping import graphs
-from ditcast.calibrate import correction, noise, qparams, threshold
+from ditcast.calibrate import correction, noise, qparams, router, threshold
+from ditcast.calibrate.qparams import QParams
 from ditcast.calibrate.simulate import quantized
 from ditcast.errors import ConfigError
 from ditcast.manifest import CacheFit
@@ -37,8 +38,10 @@ def check(model: LoadedModel, recipe: Recipe) -> None:
             f"cache: got {recipe.cache}, which needs the graphs {', '.join(lacking)}, but there "
             f"are none for a {model.adapter.architecture}; expected none, fora or taylor"
         )
-    if plan.gate is not None:
+    if plan.gate is not None or recipe.cache == "learned":
         threshold.wanted(recipe)
+    if recipe.router is not None:
+        router.load(model, recipe)
 
 
 def fit(bundle: Bundle, model: LoadedModel) -> None:
@@ -59,6 +62,8 @@ def fit(bundle: Bundle, model: LoadedModel) -> None:
         if manifest.quantization is not None:  # which moves what a gate looks at
             with quantized(model.adapter, scales):
                 found, full_steps = threshold.tune(model, recipe, plan, "quantized")
+    if plan.mask is not None:
+        found = reference = Fitted(router=_router(model, recipe, scales))
     if fitted.guarding(manifest):
         say("cache: measuring what forecasts of quantized outputs are worth")
         found = Fitted(*noise.measure(model, recipe, scales, plan))
@@ -78,7 +83,16 @@ def fit(bundle: Bundle, model: LoadedModel) -> None:
         corrected=found.gain is not None,
         threshold=None if found.threshold is None else float(found.threshold),
         full_steps=full_steps,
+        reused=safe.reused if safe.mask is not None else None,
     )
     if section.held_back:
         say(f"cache: noise guard: {section.held_back} of {forecasts} forecasts are plain reuse")
     bundle.commit({"cache": section})
+
+
+def _router(model: LoadedModel, recipe: Recipe, scales: QParams) -> Table:
+    """The recipe's router, trained on the network that it names, if it has to be."""
+    if recipe.router is not None:
+        return router.load(model, recipe)
+    with quantized(model.adapter, scales if recipe.router_on == "quantized" else QParams()):
+        return router.train(model, recipe)

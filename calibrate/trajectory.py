@@ -110,10 +110,10 @@ class TorchRequest:
 
     def run(self, graph: str, **inputs: Tensor) -> dict[str, Tensor]:
         """Run a step module."""
-        signature, given = GRAPHS[graph], self.held | inputs
-        found = self.adapter.steps[graph](*(given[name] for name in signature.inputs))
+        (needed, names), given = GRAPHS[graph].names(self.slots), self.held | inputs
+        found = self.adapter.steps[graph](*(given[name] for name in needed))
         outputs = found if isinstance(found, tuple) else (found,)
-        return dict(zip(signature.outputs, outputs, strict=True))
+        return dict(zip(names, outputs, strict=True))
 
     def array(self, values: Any) -> Tensor:
         """Float32 numbers as a tensor."""

@@ -74,6 +74,29 @@ class Scope:
         return names[0] if outputs == 1 else names
 
 
+def _renamed(node: onnx.NodeProto, names: dict[str, str], prefix: str) -> onnx.NodeProto:
+    """A copy with a prefix before all names; those of its outputs are added to `names`."""
+    found = onnx.NodeProto()
+    found.CopyFrom(node)
+    found.name = f"{prefix}/{node.name}"
+    for attribute in found.attribute:
+        if not attribute.HasField("g"):
+            continue
+        body, inner = attribute.g, dict(names)
+        for tensor in body.initializer:
+            inner[tensor.name] = tensor.name = f"{prefix}/{tensor.name}"
+        nodes = [_renamed(child, inner, prefix) for child in body.node]
+        del body.node[:]
+        body.node.extend(nodes)
+        for output in body.output:
+            output.name = inner[output.name]
+    for name in node.output:
+        names[name] = f"{prefix}/{name}" if name else ""
+    found.input[:] = [names[name] if name else "" for name in node.input]
+    found.output[:] = [names[name] for name in node.output]
+    return found
+
+
 class Builder:
     """Constants of the whole model, and the pieces of its bodies."""
 
@@ -101,15 +124,7 @@ class Builder:
             copy.CopyFrom(tensor)
             copy.name = names[tensor.name] = f"{prefix}/{tensor.name}"
             scope.initializers.append(copy)
-        for node in model.graph.node:
-            copy_node = onnx.NodeProto()
-            copy_node.CopyFrom(node)
-            copy_node.name = f"{prefix}/{node.name}"
-            for name in node.output:
-                names[name] = f"{prefix}/{name}" if name else ""
-            copy_node.input[:] = [names[name] if name else "" for name in node.input]
-            copy_node.output[:] = [names[name] for name in node.output]
-            scope.nodes.append(copy_node)
+        scope.nodes += [_renamed(node, names, prefix) for node in model.graph.node]
         return {output.name: names[output.name] for output in model.graph.output}
 
     def rows(self, scope: Scope) -> None:

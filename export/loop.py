@@ -8,6 +8,8 @@ ones is carried from segment to segment.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 from onnx import ModelProto
 
@@ -22,9 +24,7 @@ def sampler_graph(spec: LoopSpec) -> ModelProto:
     """
     build, top = Builder(spec), Scope("loop")
     build.rows(top)
-    forecasting = spec.plan.form == "forecast"
-    latents = (_forecasting if forecasting else deciding)(build, top)
-    top.name_it(latents, "latents")
+    top.name_it(LOOPS[spec.plan.form](build, top), "latents")
     return build.model(top)
 
 
@@ -98,3 +98,35 @@ def _carry(build: Builder, scope: Scope, forecast: str, rows: int) -> str:
     later = scope.op("Slice", summed, longest, end, zero)
     scope.name_it(scope.op("Concat", later, newest, axis=0), "segments/pending_after")
     return str(now)
+
+
+def _partial(build: Builder, top: Scope) -> str:
+    """A flat loop: every step computes the slots of its mask; returns samples."""
+    plan, body = build.spec.plan, Scope("steps")
+    assert plan.mask is not None
+    t = "steps/iteration"
+    shape: list[str | int] = ["N", *build.spec.slot_shape]
+    masks = build.constant("masks", plan.mask, np.float32)
+    given = {f"cache.{k}": f"steps/cache.{k}" for k in range(plan.mask.shape[1])}
+    mask = body.op("Gather", masks, t, axis=0)
+    found = build.network(body, "partial", "steps/x", t, {"mask": mask, **given})
+    build.step(body, "steps/x", t, found["output"], "steps/after")
+    sizes = [build.constant(f"slot_{i}", [size]) for i, size in enumerate(build.spec.slot_shape)]
+    rows, nothing = top.op("Shape", build.row_index), build.constant("nothing", 0.0, np.float32)
+    zeros = top.op("Expand", nothing, top.op("Concat", rows, *sizes, axis=0))
+    carried = [build.sample("steps", "noise", "steps/after")]
+    for name, held in given.items():
+        body.name_it(found[name.replace("cache", "kept")], f"{held}_after")
+        carried.append(Carried(held, zeros, f"{held}_after", shape))
+    return build.loop(top, body, build.constant("steps_count", len(plan.full)), carried)[0]
+
+
+# How the plans of each form run; to add one: a function that returns the samples.
+LOOPS: dict[str, Callable[[Builder, Scope], str]] = {
+    "forecast": _forecasting,
+    "residual": deciding,
+    "first-block": deciding,
+    "extrapolate": deciding,
+    "relate": deciding,
+    "partial": _partial,
+}

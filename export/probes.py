@@ -24,7 +24,7 @@ class Probe(NamedTuple):
     module: Any  # a torch module, or for the graph loop a function
     feeds: dict[str, Tensor]
     outputs: list[str]
-    dynamic: list[dict[int, Any]]
+    dynamic: list[Any]
 
     @torch.no_grad()
     def run(self) -> dict[str, Tensor]:
@@ -80,6 +80,7 @@ class _Feeds:
             "features": self.first,
             "ahead": self.second[None].repeat(2, 1, 1),
             "weights": weights,
+            "mask": (torch.arange(slots) % 2).float(),
             "factors": 1 / torch.arange(1.0, history + 1),
         }
         self.nothing = {
@@ -90,16 +91,19 @@ class _Feeds:
 
     def probe(self, name: str) -> Probe:
         """A step graph with its inputs."""
-        rows, signature = Dim("N"), GRAPHS[name]
+        rows = Dim("N")
+        inputs, outputs = GRAPHS[name].names(len(self.adapter.slots))
         axes: dict[str, dict[int, Any]] = {
             "ahead": {0: Dim("R"), 1: rows},
             "weights": {0: Dim("R")},
         }
         axes |= {"before": {1: rows}, "factors": {}, "y": {2: rows}, "a": {1: rows}}
-        axes |= {"slope": {1: rows}}
-        feeds = {key: self._feed(name, key) for key in signature.inputs}
-        dynamic = [axes.get(key, {0: rows}) for key in feeds]
-        return Probe(self.adapter.steps[name], feeds, list(signature.outputs), dynamic)
+        axes |= {"slope": {1: rows}, "mask": {}}
+        feeds = {key: self._feed(name, key) for key in inputs}
+        dynamic: list[Any] = [axes.get(key, {0: rows}) for key in feeds if "." not in key]
+        if kept := [{0: rows} for key in feeds if "." in key]:
+            dynamic.append(tuple(kept))
+        return Probe(self.adapter.steps[name], feeds, outputs, dynamic)
 
     def _feed(self, graph: str, name: str) -> Tensor:
         if name in self.known:
@@ -109,6 +113,11 @@ class _Feeds:
         if name == "before":  # of the step before, in the place of those before that, too
             before = self._run(graph, self.known | self.nothing | {"features": self.second})
             return before["gauge"][None].repeat(self.history, *[1] * len(before["gauge"].shape))
+        if name.startswith("cache."):  # all slots of another step
+            kept = {f"cache.{k}": self.nothing["a"][0] for k in range(len(self.adapter.slots))}
+            ones = torch.ones(len(kept))
+            other = self.known | kept | {"features": self.second, "mask": ones}
+            return self._run(graph, other)[name.replace("cache", "kept")]
         if name in ("stream", "residual"):
             found = self._run("block", self.known | self.nothing)
             if name not in found:
@@ -121,8 +130,9 @@ class _Feeds:
         return found[name if name == "slope" else f"{name}_now"]
 
     def _run(self, graph: str, given: dict[str, Tensor]) -> dict[str, Tensor]:
-        feeds = {name: given[name] for name in GRAPHS[graph].inputs}
-        return Probe(self.adapter.steps[graph], feeds, list(GRAPHS[graph].outputs), []).run()
+        inputs, outputs = GRAPHS[graph].names(len(self.adapter.slots))
+        feeds = {name: given[name] for name in inputs}
+        return Probe(self.adapter.steps[graph], feeds, outputs, []).run()
 
 
 def two_labels(bundle: Bundle) -> tuple[int, int]:

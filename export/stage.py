@@ -21,6 +21,7 @@ from ditcast.calibrate.simulate import Simulation, quantized
 from ditcast.errors import BundleError, ConfigError
 from ditcast.export import parity
 from ditcast.export.body import LoopSpec
+from ditcast.export.branching import branch
 from ditcast.export.loop import sampler_graph
 from ditcast.export.probes import Probe, loop_probe, make_probes, short_steps
 from ditcast.export.quantize import insert_qdq
@@ -37,6 +38,7 @@ from ditcast.schedule import from_config
 
 DEFAULT_TARGETS = ("onnxruntime",)
 GOLDEN = "golden/step.safetensors"
+BRANCHED = ("partial",)  # graphs that compute what is asked for only
 SHORT = "short"  # a graph loop that is only there while parity is measured
 
 
@@ -128,6 +130,7 @@ def _export(
             measured = probes
             if TARGETS[target].loop:
                 measured = probes | {"sampler": loop_probe(bundle, adapter, fitted)}
+            measured = {name: measured[name] for name in _graphs_of(target, measured)}
             held = {name: _layers_in(graph, simulation.layers) for name, graph in traced.items()}
             held["sampler"] = tuple(simulation.layers)
             parities, output = _compare(adapter, folder, measured, simulation, held)
@@ -162,13 +165,16 @@ def _write_target(
     """All graphs of one target over one weights file, and a short graph loop for parity."""
     group = bundle.manifest.recipe.group
     with WeightStore(folder) as store:
-        for name in traced:
+        for name in _graphs_of(target, traced):
             graph = traced[name].copy()
             held = _layers_in(graph, qparams.layers)
             layers = {layer: qparams.layers[layer] for layer in held}
             if layers:
                 insert_qdq(graph, layers, TARGETS[target], originals, group)
-            store.save(graph, folder / f"{name}.onnx")
+            path = folder / f"{name}.onnx"
+            store.save(graph, path)
+            if name in BRANCHED:
+                store.save_proto(branch(onnx.load(path, load_external_data=False)), path)
         parts = {
             name: onnx.load(folder / f"{name}.onnx", load_external_data=False)
             for name in ("temporal", *graphs(fitted.plan(bundle.manifest)))
@@ -177,6 +183,11 @@ def _write_target(
         for name, steps in loops if TARGETS[target].loop else ():
             spec = _loop_spec(bundle, adapter, parts, fitted, steps)
             store.save_proto(sampler_graph(spec), folder / f"{name}.onnx")
+
+
+def _graphs_of(target: str, names: Iterable[str]) -> list[str]:
+    """Those of the graphs that a target has: without a graph loop it takes no branches either."""
+    return [name for name in names if TARGETS[target].loop or name not in BRANCHED]
 
 
 def _layers_in(graph: gs.Graph, layers: Iterable[str]) -> tuple[str, ...]:

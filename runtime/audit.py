@@ -25,7 +25,14 @@ GOLDEN_LIMIT_DB = 40.0  # other kernels flip a few codes; saturating ones do far
 CAP_DB = 150.0
 RUNS = 5
 PRODUCT = re.compile("/(?:MatMul|Conv)")  # what a layer's product is called
-FULL = ("full", "observe", "block", "rest", "sampler")  # what a full step, or a whole loop, runs
+FULL = (
+    "full",
+    "observe",
+    "block",
+    "rest",
+    "partial",
+    "sampler",
+)  # what a full step, or a whole loop, runs
 NOTHING = NodeTime("", "missing", 0.0)
 RATE = GraphFile(path=Path(__file__).parent / "backends" / "rate.onnx")
 RATE_SHAPE = (512, 1024, 4096)  # of its MatMuls, as `tools/make_probe.py` made them
@@ -238,7 +245,10 @@ def _step_feeds(bundle: Bundle, backend: Backend, graph: str) -> dict[str, Any]:
     slot, slots = (2, *model.slot_shape), (len(model.slots), 2, *model.slot_shape)
     shapes = {"before": (history, *slot), "factors": (history,), "y": (history, *slots)}
     shapes |= {"a": slots, "slope": slots[:2]}
-    feeds = {name: np.zeros(shapes.get(name, slot), np.float32) for name in GRAPHS[graph].inputs}
+    inputs, _ = GRAPHS[graph].names(len(model.slots))
+    feeds = {name: np.zeros(shapes.get(name, slot), np.float32) for name in inputs}
+    if graph == "partial":
+        feeds["mask"] = np.ones(len(model.slots), np.float32)
     feeds |= {name: golden[name][:2] for name in ("sample", "features") if name in feeds}
     if graph == "full":
         feeds |= {"ahead": golden["ahead"][:0, :2], "weights": golden["weights"][:0]}

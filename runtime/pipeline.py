@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from ditcast.bundle import Bundle
 from ditcast.cache import StepPlan, make_plan
-from ditcast.cache.fitted import Fitted, of_target, recipe_plan
+from ditcast.cache.fitted import Fitted, of_target
 from ditcast.cache.plan import hold
 from ditcast.cache.stepping import graphs as graphs_of
 from ditcast.cache.stepping import held, stepper
@@ -106,9 +106,14 @@ class Pipeline:
                     f"expected one of {steps} and {slots}"
                 )
             return cache
+        policy = cache or self.recipe.cache
+        if policy == "learned" and "graph" not in self.backend.loops:
+            raise ConfigError(
+                f"cache: got learned, whose branches backend {self.backend.name} does not run "
+                "well; use --backend onnxruntime, or --cache taylor"
+            )
         if self._deployed(steps, cache):
             return self.fitted.plan(self.bundle.manifest)
-        policy = cache or self.recipe.cache
         found = make_plan(
             policy,
             steps=steps,
@@ -116,7 +121,7 @@ class Pipeline:
             order=self.recipe.order,
             slots=len(self.model.slots),
         )
-        if found.gate is not None or found.form != recipe_plan(self.bundle.manifest).form:
+        if policy != self.recipe.cache:
             self._check_graphs(policy, found)
         return found
 
@@ -125,8 +130,9 @@ class Pipeline:
         graphs = self.bundle.manifest.graphs
         here = {graph.name for graph in graphs if graph.target == self.target}
         lacking = [name for name in graphs_of(plan) if name not in here]
-        what = f"the graphs {', '.join(lacking)}" if lacking else "a threshold"
-        if lacking or (plan.gate is not None and policy != self.recipe.cache):
+        fitted = plan.gate is not None or plan.mask is not None
+        what = f"the graphs {', '.join(lacking)}" if lacking else "what calibration fits to it"
+        if lacking or fitted:
             raise ConfigError(
                 f"cache: got {policy}, which needs {what} that this bundle does not hold; "
                 f"compile one with --cache {policy}"
@@ -144,7 +150,7 @@ class Pipeline:
         section = self.bundle.manifest.cache
         if section is None or cache not in (None, self.recipe.cache):
             return False
-        if section.threshold is not None:
+        if section.threshold is not None or self.recipe.cache == "learned":
             return True
         return self.target != REFERENCE and (section.corrected or section.held_back > 0)
 

@@ -14,7 +14,7 @@ from ditcast.manifest import ModelInfo
 from ditcast.runtime.backends import Session
 
 Array = NDArray[np.float32]
-KEPT = {"gauge", "stream", "y_now", "a_now", "slope"}  # read while the graph runs again
+KEPT = {"gauge", "stream", "y_now", "a_now", "slope", "kept"}  # read while the graph runs again
 
 
 class HostRequest:
@@ -53,9 +53,9 @@ class HostRequest:
 
     def run(self, graph: str, **inputs: Array) -> dict[str, Array]:
         """Run a step graph."""
-        signature, given = GRAPHS[graph], self.held | inputs
-        found = {name: self._buffer(name, inputs) for name in signature.outputs}
-        self.session(graph).run_into({name: given[name] for name in signature.inputs}, found)
+        (needed, names), given = GRAPHS[graph].names(self.slots), self.held | inputs
+        found = {name: self._buffer(name, inputs) for name in names}
+        self.session(graph).run_into({name: given[name] for name in needed}, found)
         return found
 
     def array(self, values: Any) -> Array:
@@ -74,7 +74,8 @@ class HostRequest:
     def _buffer(self, output: str, inputs: dict[str, Array]) -> Array:
         """Where an output goes; what outlives the next run of its graph has two places in turn."""
         if output not in self.buffers:
-            shape, count = self._shape(output, inputs), 2 if output in KEPT else 1
+            shape, kept = self._shape(output, inputs), output.partition(".")[0] in KEPT
+            count = 2 if kept else 1
             self.buffers[output] = cycle([np.empty(shape, np.float32) for _ in range(count)])
         return next(self.buffers[output])
 

@@ -89,6 +89,7 @@ class CacheFit(_Section):
     corrected: bool
     threshold: float | None = None
     full_steps: float | None = None
+    reused: float | None = None
 
 
 class Graph(_Section):

@@ -12,7 +12,9 @@ from ditcast.errors import ConfigError
 
 Method = Literal["absmax", "minmax", "percentile", "mse", "tfmq", "brecq"]
 Scheme = Literal["w8a8", "w7a8", "w6a6", "w4a8", "w4a16", "none"]
-Cache = Literal["none", "fora", "taylor", "rfe", "rcs", "relational", "first-block", "stack"]
+Cache = Literal[
+    "none", "fora", "taylor", "rfe", "rcs", "relational", "learned", "first-block", "stack"
+]
 Precision = Literal["w8a8", "w7a8", "w6a6", "w4a8", "w4a16", "float"]
 
 
@@ -116,6 +118,18 @@ class Recipe(BaseModel):
         allow_inf_nan=False,
         description="of policies that decide on the way, instead of one tuned to the interval",
     )
+    router: str | None = Field(
+        None, description="file of a trained router (--cache learned), instead of training one"
+    )
+    router_epochs: int = Field(
+        60, ge=1, description="trajectories that the router is trained on (paper: 2000)"
+    )
+    router_on: Literal["float", "quantized"] = Field(
+        "float", description="network that the router is trained on"
+    )
+    iepo: Literal["leave_one_out", "cumulative"] = Field(
+        "leave_one_out", description="how a step's weight in the router's loss is measured"
+    )
     guard: Literal["on", "off"] = Field(
         "off", description="plain reuse where it is closer than a forecast of quantized outputs"
     )
@@ -145,11 +159,17 @@ class Recipe(BaseModel):
                 f"threshold: got {self.threshold} with cache {self.cache}, whose full steps the "
                 f"interval gives; expected cache {' or '.join(DYNAMIC)}"
             )
-        if self.trajectories == "cached" and self.cache in DYNAMIC:
+        if self.trajectories == "cached" and self.cache in (*DYNAMIC, "learned"):
             raise ValueError(
                 f"trajectories: got cached with cache {self.cache}, whose full steps are only "
                 "found after calibration; expected full"
             )
+        if self.router is not None and self.cache != "learned":
+            raise ValueError(
+                f"router: got {self.router} with cache {self.cache}; expected cache learned"
+            )
+        if self.router_on == "quantized" and self.scheme == "none":
+            raise ValueError("router_on: got quantized under scheme none; expected float")
         if self.fsc == "all" and self.cache in COMPARING:
             raise ValueError(
                 f"fsc: got all with cache {self.cache}, which compares inputs of several steps "

@@ -99,6 +99,9 @@ def bundle_rows(manifest: Manifest) -> dict[str, str]:
         "threshold": f"{fit.threshold:.5g}, {fit.full_steps:.1f} full steps on average"
         if fit is not None and fit.threshold is not None
         else "",
+        "router": f"{fit.reused:.1%} of all slots are reused"
+        if fit is not None and fit.reused is not None
+        else "",
         "noise guard": f"{fit.held_back} of {fit.forecasts} forecasts are plain reuse"
         if fit is not None and fit.forecasts
         else "",

@@ -313,7 +313,7 @@ def test_a_loop_runs_over_segments(shared_bundle: Bundle) -> None:
     loops = [[n.op_type for n in body.node].count("Loop") for body in (top, outer, inner)]
     assert loops == [1, 1, 0]
     assert any(n.name == "segments/full/blocks.1.mlp.fc2/MatMul" for n in outer.node)
-    assert any(n.name == "reuse/final.proj/MatMul" for n in inner.node)
+    assert any(n.name == "reuse_steps/reuse/final.proj/MatMul" for n in inner.node)
     held = constants(shared_bundle, "reference", "sampler")
     assert held["segment_starts"].tolist() == [0, 1, 3, 5]  # T=6, N=2: j = 5, 4, 2, 0
     assert held["segment_lengths"].tolist() == [1, 2, 2, 1]

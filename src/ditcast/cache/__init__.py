@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ditcast.cache import first_block, fora, none, relational, stack, taylor
+from ditcast.cache import first_block, fora, learned, none, relational, stack, taylor
 from ditcast.cache.plan import StepPlan
 from ditcast.errors import ConfigError
 
@@ -15,6 +15,7 @@ POLICIES: dict[str, Callable[[int, int, int, int], StepPlan]] = {
     "rfe": relational.rfe,
     "rcs": relational.rcs,
     "relational": relational.plan,
+    "learned": learned.plan,
     "first-block": first_block.plan,
     "stack": stack.plan,
 }

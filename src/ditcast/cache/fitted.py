@@ -13,6 +13,7 @@ from ditcast import tensors
 from ditcast.bundle import Bundle
 from ditcast.cache import make_plan
 from ditcast.cache.guard import guarded
+from ditcast.cache.learned import routed
 from ditcast.cache.plan import StepPlan
 from ditcast.manifest import REFERENCE, Manifest
 
@@ -24,7 +25,8 @@ class Fitted(NamedTuple):
 
     `forecast` and `reuse` (T, slots) are the errors that the noise guard decides on. `gain` and
     `offset` (T, C) correct the sample after each step: `x * gain + offset` per channel. A gate
-    has its `threshold` () and its `polynomial` (P,), highest power first.
+    has its `threshold` () and its `polynomial` (P,), highest power first. A `router` (T, slots) is
+    the logits of a learned policy.
     """
 
     forecast: Table | None = None
@@ -33,9 +35,12 @@ class Fitted(NamedTuple):
     offset: Table | None = None
     threshold: Table | None = None
     polynomial: Table | None = None
+    router: Table | None = None
 
     def plan(self, manifest: Manifest) -> StepPlan:
         """The recipe's plan, with forecasts where the guard lets them, and what its gate needs."""
+        if self.router is not None:
+            return routed(self.router)
         found = recipe_plan(manifest)
         if found.gate is not None and self.threshold is not None:
             polynomial = found.gate.polynomial
@@ -69,8 +74,13 @@ def guarding(manifest: Manifest) -> bool:
 
 def missing(manifest: Manifest) -> bool:
     """Whether the recipe asks for something that has not been fitted."""
-    section, gate = manifest.cache, recipe_plan(manifest).gate
-    needed = gate is not None or guarding(manifest) or manifest.recipe.correction != "none"
+    section, plan = manifest.cache, recipe_plan(manifest)
+    needed = (
+        plan.gate is not None
+        or plan.mask is not None
+        or guarding(manifest)
+        or manifest.recipe.correction != "none"
+    )
     return needed and (section is None or section.made_from != manifest.fingerprint())
 
 

@@ -46,13 +46,16 @@ class StepPlan:
     `weights` is `(T, history, slots)` float32: at a reuse step of the form `forecast`, slot k is
     predicted as `sum_i weights[t, i, k] * Y_i[k]`, where `Y_0` is the newest full step's un-gated
     output, `Y_1` the one before, and so on. Rows of full steps are zero and never read. Other
-    forms find their weights on the way, and only the length of the history counts.
+    forms find their weights on the way, and only the length of the history counts. The form
+    `partial` has a `mask` (T, slots) bool instead: which slots each step computes, where the
+    others repeat what they gave last.
     """
 
     full: NDArray[np.bool_]
     weights: NDArray[np.float32]
     form: str = "forecast"
     gate: Gate | None = None
+    mask: NDArray[np.bool_] | None = None
 
     def __post_init__(self) -> None:
         """A trajectory has to start with a full step: there is nothing to reuse before it."""
@@ -69,9 +72,15 @@ class StepPlan:
         """NFC: the number of full steps; with a gate the least number."""
         return int(self.full.sum())
 
+    @property
+    def reused(self) -> float:
+        """CUR: the share of (step, slot) that is not computed; with a gate the largest share."""
+        return 1 - float((self.full if self.mask is None else self.mask).mean())
+
     def first(self, steps: int) -> StepPlan:
         """The plan of the first `steps` steps."""
-        return replace(self, full=self.full[:steps], weights=self.weights[:steps])
+        mask = None if self.mask is None else self.mask[:steps]
+        return replace(self, full=self.full[:steps], weights=self.weights[:steps], mask=mask)
 
     def ahead(self) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """What full steps sum up for later reuse steps: `(T, R)` steps, `(T, R, slots)` weights.

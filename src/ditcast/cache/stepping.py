@@ -20,7 +20,17 @@ class Signature(NamedTuple):
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
 
+    def names(self, slots: int) -> tuple[list[str], list[str]]:
+        """Those of a network with K slots."""
+        found: tuple[list[str], list[str]] = [], []
+        for names, into in zip(self, found, strict=True):
+            for name in names:
+                stem, many, _ = name.partition("*")
+                into += [f"{stem}{k}" for k in range(slots)] if many else [name]
+        return found
 
+
+# A name that ends in `.*` stands for K tensors, one per slot: `cache.0` and so on.
 # Rows N of a batch, slots K, H full steps back. `sample` (N, C, H, W) and `features` (N, F) are of
 # the step; `stream`, `gauge` and `residual` have the shape of one slot's output, (N, *slot_shape).
 GRAPHS: dict[str, Signature] = {
@@ -34,6 +44,7 @@ GRAPHS: dict[str, Signature] = {
     "observe": Signature(("sample", "features", "y", "a"), ("output", "y_now", "a_now", "slope")),
     "extrapolate": Signature(("sample", "features", "factors", "y"), ("output",)),
     "relate": Signature(("sample", "features", "factors", "y", "a", "slope"), ("output",)),
+    "partial": Signature(("sample", "features", "mask", "cache.*"), ("output", "kept.*")),
 }
 
 
@@ -228,6 +239,26 @@ class Relational(Extrapolated):
         return self.request.run("relate", factors=factors, **kept)["output"]
 
 
+class Partial(Stepper):
+    """Each slot is computed or not; what it gives is kept until it is computed again."""
+
+    def __init__(self, plan: StepPlan, request: Request) -> None:
+        """Nothing is kept yet: the first step computes all."""
+        super().__init__(plan, request)
+        nothing = request.rows(request.slots)
+        self.kept = {f"cache.{k}": nothing[k] for k in range(request.slots)}
+
+    def full(self, step: int) -> Array:
+        """The slots of the step's mask."""
+        assert self.plan.mask is not None
+        mask = self.request.array(self.plan.mask[step])
+        found = self.request.run("partial", mask=mask, **self.kept)
+        self.kept = {name: found[name.replace("cache", "kept")] for name in self.kept}
+        return found["output"]
+
+    reuse = full
+
+
 # form -> (its steps, the graphs that they run beside the gate's)
 FORMS: dict[str, tuple[type[Stepper], tuple[str, ...]]] = {
     "forecast": (Forecasting, ("full", "reuse")),
@@ -235,6 +266,7 @@ FORMS: dict[str, tuple[type[Stepper], tuple[str, ...]]] = {
     "first-block": (FirstBlock, ("rest", "finish")),
     "extrapolate": (Extrapolated, ("observe", "extrapolate")),
     "relate": (Relational, ("observe", "relate")),
+    "partial": (Partial, ("partial",)),
 }
 
 
@@ -255,6 +287,8 @@ def held(plan: StepPlan, slots: int) -> int:
     if plan.form == "forecast":
         ahead = int(plan.ahead()[0].shape[1])
         return ahead * (1 if history == 1 else 2)
+    if plan.form == "partial":  # as below, of the last step's alone
+        return 2 * slots
     if plan.form in ("extrapolate", "relate"):  # two buffers in turn
         return 2 * slots * (history + 1) + 2 * history
     return 4 + history

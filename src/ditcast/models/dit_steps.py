@@ -6,7 +6,7 @@ says how a trajectory is put together from them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -185,6 +185,42 @@ class Relate(_Step):
         return output
 
 
+class Partial(_Step):
+    """Each slot is computed, or repeats what it gave last; gates are those of this step."""
+
+    def forward(
+        self, sample: Tensor, features: Tensor, mask: Tensor, *cache: Tensor
+    ) -> tuple[Tensor, ...]:
+        """(N, C, H, W), (N, F), (K,), K times (N, S, D) -> output, K times (N, S, D).
+
+        A mask of 1 computes a slot, 0 does not. Export turns the choice into a branch.
+        """
+
+        def choose(k: int, y: Tensor) -> Tensor:
+            return torch.where(mask[k] > 0.5, y, cache[k])
+
+        return self.walk(sample, features, choose)
+
+    def soft(
+        self, sample: Tensor, features: Tensor, scores: Tensor, cache: Sequence[Tensor]
+    ) -> tuple[Tensor, ...]:
+        """The same with scores (K,) in [0, 1] that mix both (HarmoniCa's student)."""
+        return self.walk(sample, features, lambda k, y: scores[k] * y + (1 - scores[k]) * cache[k])
+
+    def walk(
+        self, sample: Tensor, features: Tensor, choose: Callable[[int, Tensor], Tensor]
+    ) -> tuple[Tensor, ...]:
+        """All blocks, where `choose(k, y)` gives what takes the place of slot k's output."""
+        *parts, last = self.rows(features)
+        h, kept = self.patch_embed(sample), list[Tensor]()
+        for block, part in zip(self.blocks, parts, strict=True):
+            for j, module in enumerate((block.attn, block.mlp)):
+                a, gate = block.enter(j, h, part)
+                kept.append(choose(len(kept), module(a)))
+                h = h + gate * kept[-1]
+        return self.final(h, last), *kept
+
+
 STEPS: dict[str, Callable[[Denoiser], nn.Module]] = {
     "reuse": Reuse,
     "change": Change,
@@ -195,4 +231,5 @@ STEPS: dict[str, Callable[[Denoiser], nn.Module]] = {
     "observe": Observe,
     "extrapolate": Extrapolate,
     "relate": Relate,
+    "partial": Partial,
 }
