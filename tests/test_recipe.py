@@ -127,6 +127,14 @@ def test_rules_of_every_scheme(scheme: str, temporal: str) -> None:
             {"cache": "relational", "fsc": "all"},
             "fsc: got all with cache relational, which compares inputs of several steps",
         ),
+        (
+            {"cache": "fora", "router": "r.safetensors"},
+            "router: got r.safetensors with cache fora; expected cache learned",
+        ),
+        (
+            {"cache": "learned", "scheme": "none", "router_on": "quantized"},
+            "router_on: got quantized under scheme none; expected float",
+        ),
         ({"rules": "all"}, "rules: got 'all'"),
         (
             {"rules": [{"pattern": "*", "precision": "w8a8", "axis": 0}]},
