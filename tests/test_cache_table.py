@@ -36,12 +36,20 @@ def taylor_bundle(tiny: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -
     return make_bundle(tiny, path, **keys)
 
 
+@pytest.fixture(scope="module")
+def relating_bundle(tiny: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """Full precision under a policy that needs graphs of its own."""
+    path = tmp_path_factory.mktemp("cache_table") / "rfe.bundle"
+    return make_bundle(tiny, path, scheme="none", cache="rfe", interval=3)
+
+
 def test_every_point_has_speed_and_fidelity(
-    taylor_bundle: Bundle, shared_bundle: Bundle, tmp_path: Path
+    taylor_bundle: Bundle, shared_bundle: Bundle, relating_bundle: Bundle, tmp_path: Path
 ) -> None:
-    """Three precisions, two policies at one interval, fewer steps, and the plan of a bundle."""
+    """Three precisions, two policies at one interval, fewer steps, and the plans of bundles."""
+    held = (shared_bundle.path, taylor_bundle.path, relating_bundle.path)
     done = run(
-        *(shared_bundle.path, taylor_bundle.path, "--policies", "fora", "taylor-1"),
+        *(*held, "--policies", "fora", "taylor-1"),
         *("--intervals", 3, "--images", 4, "--threads", 1),
         *("--json", tmp_path / "cache.json", "--page", tmp_path / "cache.html"),
     )
@@ -61,7 +69,9 @@ def test_every_point_has_speed_and_fidelity(
         (FOUR, "taylor-1", 3, 6),
         ("fp32", "fewer steps", 3, 3),
         (FOUR, "fitted: taylor-1, guard on, vc moment, full trajectories, uniform", 4, 6),
+        ("fp32", "rfe-1", 3, 6),
     ]
+    assert rows[-1]["reused"] == 0.5
     assert rows[0]["psnr_db"]["p50"] == 100
     assert all(row["psnr_db"]["p50"] < 100 for row in rows[1:])
     assert all(row["image_ms"]["p50"] > 0 for row in rows)

@@ -25,17 +25,24 @@ def show(report: Row) -> None:
     for entry in report["stacking"]:
         share = "-" if entry["won_back"] is None else f"{entry['won_back']:.0%}"
         print(
-            f"stacking, {entry['precision']}, {entry['full_steps']} full steps: fd_to_fp quantized "
-            f"{entry['quantized']:.3g}, cached {entry['cached']:.3g}, both {entry['both']:.3g}: "
-            f"loss {entry['loss']:.3g}; {entry['fitted']}: {entry['left']:.3g} left, "
-            f"{share} won back"
+            f"stacking, {entry['precision']}, {entry['full_steps']:g} full steps: fd_to_fp "
+            f"quantized {entry['quantized']:.3g}, cached {entry['cached']:.3g}, both "
+            f"{entry['both']:.3g}: loss {entry['loss']:.3g}; {entry['fitted']}: "
+            f"{entry['left']:.3g} left, {share} won back"
         )
 
 
 def _table(rows: list[Row]) -> Table:
     """One row per point, in the order of the run."""
     table = Table(*(Column(name, no_wrap=True) for name in ("precision", "policy", "full")))
-    titles = ("ms / image", "speed-up", "PSNR dB p50 (p10–p90)", "SSIM", "fd_to_fp (95 %)")
+    titles = (
+        "reused",
+        "ms / image",
+        "speed-up",
+        "PSNR dB p50 (p10–p90)",
+        "SSIM",
+        "fd_to_fp (95 %)",
+    )
     for name in (*titles, "fd_to_real"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
@@ -45,7 +52,8 @@ def _table(rows: list[Row]) -> Table:
         table.add_row(
             row["precision"],
             row["policy"] + spacing,
-            f"{row['full_steps']} of {row['steps']}",
+            f"{row['full_steps']:g} of {row['steps']}",
+            f"{row['reused']:.0%}",
             f"{row['image_ms']['p50']:.1f}",
             f"{row['speedup']['p50']:.2f}x",
             f"{psnr['p50']:.1f} ({psnr['p10']:.1f}–{psnr['p90']:.1f})",
@@ -71,7 +79,7 @@ def plot(report: Row, path: Path) -> None:
             trace = graph.Scatter(
                 x=[row["image_ms"]["p50"] for row in rows],
                 y=[row[panel][key] for row in rows],
-                text=[f"{row['full_steps']} of {row['steps']} steps" for row in rows],
+                text=[f"{row['full_steps']:g} of {row['steps']} steps" for row in rows],
                 name=name,
                 legendgroup=name,
                 showlegend=line == 1,

@@ -2,7 +2,8 @@
 
 Every policy runs at the same numbers of full steps, in full precision and in every bundle's own
 precision; beside it full precision with as many steps in all. A bundle whose own plan was
-fitted (noise guard, variance correction) is a point of its own. All points take turns, batch by
+fitted (noise guard, variance correction), or whose policy needs graphs of its own, is a point of
+its own. All points take turns, batch by
 batch, in one run; images are those of noise that no calibration has seen.
 
     python tools/emoji_dataset.py -o build/emoji.npz
@@ -35,13 +36,16 @@ from ditcast.errors import ConfigError, optional
 from ditcast.progress import counting, say
 from ditcast.runtime import Pipeline, images, machine
 from ditcast.runtime.choice import open_backend
+from ditcast.runtime.pipeline import Step
 from ditcast.schedule import SPACINGS
 from ditcast.settings import Settings
+from ditcast.tables import ORDERED
 
 if TYPE_CHECKING:
     from quality_distance import Distances
 
 FULL, FEWER, FITTED = "full precision", "fewer steps", "fitted"
+STATIC = ("none", "fora", "taylor")  # policies that every bundle can run
 POLICIES = ("fora", "taylor-1", "taylor-2", "taylor-3")  # a policy and its order
 
 
@@ -57,10 +61,16 @@ class Point:
     interval: int = 1
     spacing: str | None = None
     image_ms: list[float] = field(default_factory=list)  # per batch
+    full: list[int] = field(default_factory=list)  # NFC, per batch
     samples: list[Samples] = field(default_factory=list)
 
     def sample(self, labels: Sequence[int], first: int) -> Samples:
         """The images `first` and following."""
+        self.full.append(0)
+
+        def count(step: Step) -> None:
+            self.full[-1] += step.full
+
         found: Samples = self.pipeline.sample(
             labels,
             seed=SEED,
@@ -68,18 +78,26 @@ class Point:
             steps=self.steps,
             cache=self.plan,
             spacing=self.spacing,
+            callback=count,
         )
         return found
 
     def turn(self, labels: Sequence[int], first: int) -> None:
         """The same, timed and kept."""
+        if not self.samples:
+            self.full.clear()  # of runs to warm up
         started = time.perf_counter()
         self.samples.append(self.sample(labels, first))
         self.image_ms.append((time.perf_counter() - started) * 1e3 / len(labels))
 
-    def full_steps(self) -> int:
-        """NFC."""
-        return self.pipeline.plan(self.steps, self.plan).full_steps
+    def full_steps(self) -> float:
+        """NFC: the mean number of full steps of a batch."""
+        return round(float(np.mean(self.full)), 2)
+
+    def reused(self) -> float:
+        """CUR: the share of (step, slot) that was not computed."""
+        plan = self.pipeline.plan(self.steps, self.plan)
+        return plan.reused if plan.mask is not None else 1 - self.full_steps() / self.steps
 
 
 def points(bundles: Sequence[Bundle], args: argparse.Namespace) -> list[Point]:
@@ -93,8 +111,12 @@ def points(bundles: Sequence[Bundle], args: argparse.Namespace) -> list[Point]:
         pipeline = Pipeline(bundle, backend=backend)
         if bundle.manifest.quantization is not None:
             precisions.setdefault(name, pipeline)
-        if bundle.manifest.cache is not None:
-            policy = f"taylor-{held.order}" if held.cache == "taylor" else held.cache
+        policy = f"{held.cache}-{held.order}" if held.cache in ORDERED else held.cache
+        if held.cache not in STATIC:  # whose graphs are in this bundle only
+            own = Pipeline(bundle, backend=backend, target="reference")
+            for precision, runs in (("fp32", own), (name, pipeline))[: 1 + (held.scheme != "none")]:
+                fitted.append(Point(precision, policy, runs, None, recipe.steps, held.interval))
+        elif bundle.manifest.cache is not None:
             what = f"{FITTED}: {policy}, guard {held.guard}, vc {held.correction}"
             what += f", {held.trajectories} trajectories, {held.selection}"
             fitted.append(Point(name, what, pipeline, None, recipe.steps, held.interval))
@@ -218,6 +240,7 @@ def _row(
         "interval": point.interval,
         "steps": point.steps,
         "full_steps": point.full_steps(),
+        "reused": round(point.reused(), 4),
         "spacing": point.spacing,
         "image_ms": spread(point.image_ms),
         "speedup": spread(np.array(reference.image_ms) / np.array(point.image_ms)),
