@@ -77,7 +77,6 @@ def load(model: LoadedModel, recipe: Recipe) -> Table:
 def train(model: LoadedModel, recipe: Recipe) -> Table:
     """The router's logits (T, slots), for the network as it is now.
 
-    The wanted share of reused slots is that of TaylorSeer's full steps at the recipe's interval.
     Where the paper has a weight beta on the sum of scores, to be tried out, here it follows from
     that share: a slot's logit falls if beta is larger than what computing it is worth, the
     gradient of the loss in its score, so beta is the quantile of those. At the end all logits
@@ -86,8 +85,8 @@ def train(model: LoadedModel, recipe: Recipe) -> Table:
     Raises:
         ConfigError: NaN or Inf in a trajectory.
     """
-    wanted = 1 - schedule(recipe.steps, recipe.interval).mean()
-    school = _School(model, recipe, float(wanted))
+    wanted = share(recipe)
+    school = _School(model, recipe, wanted)
     refresh = {round(i * recipe.router_epochs / REFRESHES) for i in range(REFRESHES)}
     with counting("training the router", recipe.router_epochs) as advance:
         for epoch in range(recipe.router_epochs):
@@ -95,7 +94,7 @@ def train(model: LoadedModel, recipe: Recipe) -> Table:
                 school.weigh()
             school.epoch(epoch)
             advance()
-    found = _meet(school.logits(), float(wanted))
+    found = meet(school.logits(), wanted)
     say(
         f"cache: the router reuses {routed(found).reused:.1%} of all slots "
         f"({wanted:.1%} wanted; {routed(school.logits()).reused:.1%} as trained)"
@@ -103,7 +102,14 @@ def train(model: LoadedModel, recipe: Recipe) -> Table:
     return found
 
 
-def _meet(logits: Table, wanted: float) -> Table:
+def share(recipe: Recipe) -> float:
+    """The wanted share of reused slots; by default what TaylorSeer reuses at the interval."""
+    if recipe.reuse is not None:
+        return recipe.reuse
+    return float(1 - schedule(recipe.steps, recipe.interval).mean())
+
+
+def meet(logits: Table, wanted: float) -> Table:
     """All logits but those of the first step moved by one number, until the share is met."""
     edge = np.log(TAU / (1 - TAU))
     count = round(wanted * logits.size)

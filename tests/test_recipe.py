@@ -131,6 +131,8 @@ def test_rules_of_every_scheme(scheme: str, temporal: str) -> None:
             {"cache": "fora", "router": "r.safetensors"},
             "router: got r.safetensors with cache fora; expected cache learned",
         ),
+        ({"cache": "taylor", "reuse": 0.5}, "reuse: got 0.5 with cache taylor; expected cache lea"),
+        ({"cache": "learned", "reuse": 1.0}, "reuse: got 1.0"),
         (
             {"cache": "learned", "scheme": "none", "router_on": "quantized"},
             "router_on: got quantized under scheme none; expected float",

@@ -90,7 +90,8 @@ def recipe_options(command: F) -> F:
             choice = get_args(kind)[0]
         default = "none" if field.default is None else field.default
         help_text = f"{field.description}  [default: {default}]"
-        command = click.option(f"--{name}", type=choice, help=help_text)(command)
+        flag = f"--{name.replace('_', '-')}"
+        command = click.option(flag, type=choice, help=help_text)(command)
     path = click.Path(path_type=Path)
     return click.option("--recipe", "recipe_file", type=path, help="YAML of recipe keys")(command)
 

@@ -121,6 +121,12 @@ class Recipe(BaseModel):
     router: str | None = Field(
         None, description="file of a trained router (--cache learned), instead of training one"
     )
+    reuse: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="share of slots that a router reuses, instead of that of the interval",
+    )
     router_epochs: int = Field(
         60, ge=1, description="trajectories that the router is trained on (paper: 2000)"
     )
@@ -164,10 +170,12 @@ class Recipe(BaseModel):
                 f"trajectories: got cached with cache {self.cache}, whose full steps are only "
                 "found after calibration; expected full"
             )
-        if self.router is not None and self.cache != "learned":
-            raise ValueError(
-                f"router: got {self.router} with cache {self.cache}; expected cache learned"
-            )
+        for key in ("router", "reuse"):
+            if getattr(self, key) is not None and self.cache != "learned":
+                raise ValueError(
+                    f"{key}: got {getattr(self, key)} with cache {self.cache}; "
+                    "expected cache learned"
+                )
         if self.router_on == "quantized" and self.scheme == "none":
             raise ValueError("router_on: got quantized under scheme none; expected float")
         if self.fsc == "all" and self.cache in COMPARING:
