@@ -67,6 +67,11 @@ def load(model: LoadedModel, recipe: Recipe) -> Table:
             f"router: {path} holds {got}, expected one of {wanted[0]} steps and {wanted[1]} slots; "
             "train one for this model and number of steps"
         )
+    if not bool((1 / (1 + np.exp(-held["router"][0])) > TAU).all()):
+        raise ConfigError(
+            f"router: {path} reuses slots at the first step, where there is nothing to reuse; "
+            "expected logits over -2.2 there"
+        )
     if metadata.get("model") != model.fingerprint:
         raise ConfigError(
             f"router: {path} was trained for another model than {model.source}; train one for it"

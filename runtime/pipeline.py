@@ -105,6 +105,7 @@ class Pipeline:
                     f"cache: got a plan of {shape[0]} steps and {shape[1]} slots, "
                     f"expected one of {steps} and {slots}"
                 )
+            self._check_graphs(f"a plan of form {cache.form}", cache)
             return cache
         policy = cache or self.recipe.cache
         if policy == "learned" and "graph" not in self.backend.loops:
@@ -123,19 +124,21 @@ class Pipeline:
         )
         if policy != self.recipe.cache:
             self._check_graphs(policy, found)
+            if found.gate is not None or found.mask is not None:
+                raise ConfigError(
+                    f"cache: got {policy}, which needs what calibration fits to it, but this "
+                    f"bundle was made for {self.recipe.cache}; compile one with --cache {policy}"
+                )
         return found
 
-    def _check_graphs(self, policy: str, plan: StepPlan) -> None:
-        """Refuse a policy that the bundle was not made for."""
+    def _check_graphs(self, what: str, plan: StepPlan) -> None:
+        """Refuse a plan that the bundle was not made for."""
         graphs = self.bundle.manifest.graphs
         here = {graph.name for graph in graphs if graph.target == self.target}
-        lacking = [name for name in graphs_of(plan) if name not in here]
-        fitted = plan.gate is not None or plan.mask is not None
-        what = f"the graphs {', '.join(lacking)}" if lacking else "what calibration fits to it"
-        if lacking or fitted:
+        if lacking := [name for name in graphs_of(plan) if name not in here]:
             raise ConfigError(
-                f"cache: got {policy}, which needs {what} that this bundle does not hold; "
-                f"compile one with --cache {policy}"
+                f"cache: got {what}, which needs the graphs {', '.join(lacking)}, but this bundle "
+                f"was made for {self.recipe.cache}; compile one with that --cache"
             )
 
     def _deployed(self, steps: int, cache: Cache) -> bool:

@@ -156,18 +156,19 @@ def test_learned_bundles_run_in_both_loops(tiny: LoadedModel, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("steps", "model", "match"),
+    ("rows", "model", "match"),
     [
-        (STEPS - 1, "", r"holds 7 and 4, expected one of 8 steps and 4 slots; train one for this"),
-        (STEPS, "another", "was trained for another model than "),
+        ([0] * 7, "", r"holds 7 and 4, expected one of 8 steps and 4 slots; train one for this"),
+        ([0] * STEPS, "another", "was trained for another model than "),
+        ([-3, *[0] * (STEPS - 1)], "", "reuses slots at the first step, where there is nothing"),
     ],
 )
 def test_routers_of_something_else(
-    tiny: LoadedModel, tmp_path: Path, steps: int, model: str, match: str
+    tiny: LoadedModel, tmp_path: Path, rows: list[float], model: str, match: str
 ) -> None:
-    """Another number of steps, another model."""
+    """Another number of steps, another model, a first step that is not full."""
     path = tmp_path / "router.safetensors"
-    held = {"router": np.zeros((steps, SLOTS), np.float32)}
+    held = {"router": logits(*rows)}
     tensors.save(held, path, {"model": model or tiny.fingerprint})
     with pytest.raises(ConfigError, match=match):
         check(tiny, recipe_of(router=str(path)))

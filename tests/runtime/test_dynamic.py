@@ -148,9 +148,19 @@ def test_other_steps_and_policies_are_refused(made: Bundle) -> None:
         with pytest.raises(ConfigError, match=r"steps: got 8, but the cache of the bundle was ca"):
             pipeline.sample([0], steps=8)
     other = "stack" if recipe.cache != "stack" else "first-block"
-    with pytest.raises(ConfigError, match=f"cache: got {other}, which needs .* does not hold; com"):
+    with pytest.raises(ConfigError, match=f"cache: got {other}, which needs the graphs"):
         pipeline.sample([0], cache=other)
+    if recipe.cache == "rfe":
+        with pytest.raises(ConfigError, match="cache: got stack, which needs the graphs change, b"):
+            pipeline.sample([0], cache=make_plan("stack", steps=STEPS, interval=3, slots=4))
     assert len(pipeline.sample([0], cache="fora")) == 1  # every bundle can
+
+
+def test_a_threshold_belongs_to_its_policy(stacked: Bundle) -> None:
+    """A policy whose graphs are there, but not its threshold."""
+    static = make_plan("first-block", steps=6, interval=2, slots=4)
+    with pytest.raises(ConfigError, match="cache: this policy needs a threshold, and the bundle h"):
+        Pipeline(stacked).sample([0], cache=static)
 
 
 def test_caches_that_memory_does_not_hold(made: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
