@@ -15,6 +15,9 @@ from ditcast.settings import Settings
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+ENGINE_BACKENDS = ("tensorrt", "tensorrt-rtx")  # they run what `ditcast build` has built
+LISTS = ("--labels", "--compute-capability")  # options that take several values
+
 BUNDLE = click.argument("bundle", type=click.Path(path_type=Path))
 MODEL = click.argument("model")
 OUTPUT = click.option("-o", "--output", required=True, type=click.Path(path_type=Path))
@@ -22,7 +25,8 @@ BACKEND = click.option(
     "--backend",
     default="onnxruntime",
     show_default=True,
-    help="runtime: onnxruntime, openvino, or auto: the faster one here, measured once",
+    help="runtime: onnxruntime, openvino, tensorrt, tensorrt-rtx, or auto: the fastest one here, "
+    "measured once",
 )
 TARGETS = click.option(
     "--target",
@@ -110,13 +114,16 @@ def parse_labels(text: str, classes: tuple[str, ...]) -> list[int]:
 
 
 def join_labels(arguments: list[str]) -> list[str]:
-    """`--labels 3 5` as one value of two lines: click options take one value each."""
+    """`--labels 3 5` as one value of two lines: click options take one value each.
+
+    So it is with all `LISTS`.
+    """
     found: list[str] = []
     inside = False
     for argument in arguments:
         if inside and not (argument.startswith("-") and not argument[1:].isdigit()):
             found[-1] += "\n" * bool(found[-1]) + argument
             continue
-        inside = argument == "--labels"
+        inside = argument in LISTS
         found += [argument, ""] if inside else [argument]
     return found

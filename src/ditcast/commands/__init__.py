@@ -1,0 +1,1 @@
+"""Commands of their own files; `ditcast.cli` adds them to the others."""
