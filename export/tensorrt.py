@@ -107,8 +107,9 @@ def _producer(tensor: gs.Tensor) -> str:
 def _split(graph: gs.Graph, product: gs.Node) -> None:
     """One product for each part that its output is split into, such as query, key and value.
 
-    Where heads are cut out of one integer product, TensorRT moves them into its weight, which it
-    dequantizes for that. Several products of one input it joins again, in integers.
+    Where heads are cut out of one integer product of few inputs (64, not 128), TensorRT moves the
+    cuts into its weight, which it dequantizes for that. Products of one input it joins again, in
+    integers.
     """
     chain, tensor = [], product.outputs[0]
     while len(tensor.outputs) == 1 and tensor.outputs[0].op in ("Add", "Mul"):

@@ -79,9 +79,9 @@ def test_what_is_kept(tmp_path: Path, name: str) -> None:
 
 
 def joint(apart: bool) -> onnx.ModelProto:
-    """Query, key and value from one product or from three, and attention of two heads."""
+    """Query, key and value of 64 inputs from one product or three, and attention of two heads."""
     helper, parts, width = onnx.helper, [f"part{i}" for i in range(3)], 64
-    codes, scales = np.tile(qdq.CODES, 3), np.tile(qdq.SCALES, 3)
+    codes, scales = np.tile(qdq.CODES[:width], 3), np.tile(qdq.SCALES, 3)
     nodes, held = list(qdq.linear().graph.node[:2]), list(qdq.linear().graph.initializer[:2])
     for i in range(3 if apart else 1):
         columns = slice(width * i, width * (i + 1)) if apart else slice(None)
@@ -98,6 +98,7 @@ def joint(apart: bool) -> onnx.ModelProto:
         held.append(qdq.tensor("widths", [width] * 3, np.int64))
         nodes.append(helper.make_node("Split", ["joint", "widths"], parts, "split", axis=-1))
     held.append(qdq.tensor("shape", [0, 0, 2, 32], np.int64))
+    held.append(qdq.tensor("factor", 32**-0.25, np.float16))
     held.append(qdq.tensor("flat", [0, 0, width], np.int64))
     heads = ["query", "key", "value"]
     for i, head in enumerate(heads):
@@ -105,14 +106,17 @@ def joint(apart: bool) -> onnx.ModelProto:
         to = TensorProto.FLOAT16
         nodes.append(helper.make_node("Cast", [parts[i]], [f"half{i}"], f"cast{i}", to=to))
         nodes.append(helper.make_node("Reshape", [f"half{i}", "shape"], [f"cut{i}"], f"cut{i}"))
-        nodes.append(helper.make_node("Transpose", [f"cut{i}"], [head], f"t{i}", perm=perm))
+        turned = f"turned{i}" if i < 2 else head
+        nodes.append(helper.make_node("Transpose", [f"cut{i}"], [turned], f"t{i}", perm=perm))
+        if i < 2:
+            nodes.append(helper.make_node("Mul", [turned, "factor"], [head], f"mul{i}"))
     nodes.append(helper.make_node("MatMul", heads[:2], ["scores"], "scores"))
     nodes.append(helper.make_node("Softmax", ["scores"], ["shares"], "softmax", axis=-1))
     nodes.append(helper.make_node("MatMul", ["shares", heads[2]], ["mixed"], "mixed"))
     nodes.append(helper.make_node("Transpose", ["mixed"], ["rows"], "t3", perm=[0, 2, 1, 3]))
     nodes.append(helper.make_node("Reshape", ["rows", "flat"], ["half"], "r3"))
     nodes.append(helper.make_node("Cast", ["half"], ["y"], "c", to=TensorProto.FLOAT))
-    return qdq.model(nodes, held, shape=("n", 16, qdq.K), output=("n", 16, width))
+    return qdq.model(nodes, held, shape=("n", 16, width), output=("n", 16, width))
 
 
 LOST: dict[str, tuple[Callable[[], onnx.ModelProto], str]] = {
