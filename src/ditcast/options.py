@@ -25,8 +25,8 @@ BACKEND = click.option(
     "--backend",
     default="onnxruntime",
     show_default=True,
-    help="runtime: onnxruntime, openvino, tensorrt, tensorrt-rtx, or auto: the fastest one here, "
-    "measured once",
+    help="runtime: onnxruntime, openvino, tensorrt, tensorrt-rtx, or auto: the faster one of the "
+    "first two here, measured once",
 )
 TARGETS = click.option(
     "--target",
@@ -37,11 +37,12 @@ TARGETS = click.option(
 
 
 def runtime_options(command: F) -> F:
-    """Add `--threads` and `--spin`; the command gets both as `settings`."""
+    """Add `--threads`, `--spin` and `--trust-engines`; the command gets them as `settings`."""
 
     @functools.wraps(command)
-    def wrapped(threads: int, spin: bool, **rest: Any) -> Any:
-        return command(settings=Settings(threads=threads, spin=spin), **rest)
+    def wrapped(threads: int, spin: bool, trust_engines: bool, **rest: Any) -> Any:
+        settings = Settings(threads=threads, spin=spin, trust_engines=trust_engines)
+        return command(settings=settings, **rest)
 
     spinning = click.option(
         "--spin/--no-spin",
@@ -50,7 +51,10 @@ def runtime_options(command: F) -> F:
         help="waiting threads keep their cores: faster alone, slower beside other work",
     )
     count = click.option("--threads", default=0, show_default=True, help="0 is one per core")
-    return cast(F, count(spinning(wrapped)))
+    trust = click.option(
+        "--trust-engines", is_flag=True, help="run TensorRT plans that this user has not built"
+    )
+    return cast(F, count(spinning(trust(wrapped))))
 
 
 def _in_a_folder(context: click.Context, option: click.Parameter, path: Path | None) -> Path | None:
