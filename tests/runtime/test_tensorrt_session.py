@@ -7,7 +7,9 @@ checked too.
 
 from __future__ import annotations
 
+import importlib
 import shutil
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -292,3 +294,42 @@ def test_the_names_are_those_of_the_library() -> None:
         assert used <= set(dir(real))
     assert {"num_io_tensors"} <= set(dir(trt.ICudaEngine))
     assert {"deserialize_cuda_engine"} <= set(dir(trt.Runtime))
+
+
+@pytest.fixture
+def gpu_check(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The tool, which is in no package."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "tools"))
+    return importlib.import_module("gpu_check")
+
+
+def test_the_check_of_a_gpu(
+    built: Bundle, gpu: FakeDevice, gpu_check: Any, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """All that `tools/gpu_check.py` does once there is one."""
+    del gpu
+    rows = gpu_check.check(built, "tensorrt-rtx", runs=1, images=2)
+    assert [(row["loop"], row["cache"]) for row in rows] == [
+        ("host", "none"),
+        ("host", "fora"),
+        ("graph", "fora"),
+    ]
+    assert [row["full_steps"] for row in rows] == [6, 4, 4]
+    assert min(row["psnr_db"] for row in rows) > 60
+    assert rows[0]["step_psnr_db"] > 60
+    assert set(rows[0]["plan_bytes"]) == {"temporal", "full", "reuse", "sampler"}
+    gpu_check.report(rows)
+    assert "w8a8" in capfd.readouterr().out
+
+
+def test_the_check_without_a_gpu(
+    built: Bundle, gpu_check: Any, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    if find_gpu() is not None:
+        pytest.skip("this machine has a GPU")
+    monkeypatch.setattr(sys, "argv", ["gpu_check", str(built.path)])
+    with pytest.raises(SystemExit) as done:
+        gpu_check.main()
+    assert done.value.code == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith("gpu_check: error: backend tensorrt: needs an NVIDIA GPU to check a")
