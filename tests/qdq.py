@@ -119,6 +119,26 @@ def operator(kind: str) -> onnx.ModelProto:
     return model([quantize, node(kind, inputs, ["qy"]), dequantize], [*ends, weight], **sizes)
 
 
+def convolution() -> onnx.ModelProto:
+    """One quantized 3x3 convolution of 32 channels."""
+    codes = rng.integers(-100, 100, (32, 32, 3, 3))
+    held = [tensor("s", ONE), tensor("z", 0, np.int8), tensor("w", codes, np.int8)]
+    held.append(tensor("ws", rng.uniform(0.005, 0.02, 32)))
+    nodes = [
+        node("QuantizeLinear", ["x", "s", "z"], ["q"]),
+        node("DequantizeLinear", ["q", "s", "z"], ["xd"]),
+        node("DequantizeLinear", ["w", "ws"], ["wd"], axis=0),
+        node("Conv", ["xd", "wd"], ["y"], kernel_shape=[3, 3], pads=[1, 1, 1, 1]),
+    ]
+    return model(nodes, held, shape=("n", 32, 8, 8), output=("n", 32, 8, 8))
+
+
+def fp4() -> onnx.ModelProto:
+    """A MatMul of a weight in e2m1."""
+    weight = packed(TensorProto.FLOAT4E2M1, NARROW % 4)
+    return weight_only(weight, rng.uniform(0.005, 0.02, (K // 16, N)), 0, 16)
+
+
 def fp8() -> onnx.ModelProto:
     """A MatMul of two e4m3."""
     found = linear(weight=packed(TensorProto.FLOAT8E4M3FN, CODES / 100))

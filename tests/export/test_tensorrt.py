@@ -7,20 +7,23 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_graphsurgeon as gs
 import onnxruntime
 import pytest
 import torch
 from numpy.typing import NDArray
 from onnx import TensorProto, numpy_helper
+from torch import Tensor
 
 from ditcast import tensors
 from ditcast.bundle import Bundle
-from ditcast.calibrate.qparams import LayerScales
+from ditcast.calibrate.qparams import LayerScales, QParams
 from ditcast.errors import UnsupportedError
 from ditcast.export.quantize import insert_qdq
-from ditcast.export.targets import TARGETS
+from ditcast.export.targets import TARGETS, encodings
 from ditcast.export.tensorrt import block_scales
 from ditcast.export.trace import trace
+from ditcast.models import LoadedModel
 from ditcast.recipe import Bits
 from ditcast.runtime import Pipeline
 
@@ -115,11 +118,8 @@ def test_both_loops_and_both_encodings_sample_the_same(typed_bundle: Bundle) -> 
             assert -10 * np.log10(error) >= 40
 
 
-def test_4_bit_weights_come_in_blocks(
-    blocks_bundle: Bundle, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_4_bit_weights_come_in_blocks(blocks_bundle: Bundle) -> None:
     """With float inputs in half precision, although the bundle is W4A8."""
-    del capfd
     model = load(blocks_bundle, "full")
     kinds = {x.name: (x.data_type, list(x.dims)) for x in model.graph.initializer}
     nodes = {node.name: node for node in model.graph.node}
@@ -144,13 +144,48 @@ def test_blocks_that_cannot_be() -> None:
             block_scales("a", scale, inputs)
 
 
-def test_a_4_bit_convolution_with_float_inputs_is_refused() -> None:
+def test_targets_that_encode_the_same_numbers(
+    tiny: LoadedModel, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """TensorRT has 8-bit weights as the others do, 4-bit ones beside float inputs: said once."""
+    scale = torch.ones(4)
+    held = {
+        name: LayerScales(bits=Bits(bits, 8), weight=scale, activation=torch.tensor(0.1))
+        for name, bits in (("blocks.0.mlp.fc1", 4), ("blocks.0.mlp.fc2", 8))
+    }
+    targets = ["reference", "onnxruntime", "tensorrt"]
+    both = QParams(layers={"blocks.0.mlp.fc2": held["blocks.0.mlp.fc2"]})
+    assert [names for names, _ in encodings(tiny.adapter, targets, both)] == [
+        ["reference"],
+        ["onnxruntime", "tensorrt"],
+    ]
+    assert capfd.readouterr().err == ""
+    *_, (names, own) = encodings(tiny.adapter, targets, QParams(layers=held))
+    assert names == ["tensorrt"]
+    assert own.layers["blocks.0.mlp.fc1"].activation is None
+    assert own.layers["blocks.0.mlp.fc2"] is held["blocks.0.mlp.fc2"]
+    assert "TensorRT multiplies no 4-bit weights by 8-bit inputs" in capfd.readouterr().err
+    groups = encodings(tiny.adapter, targets, QParams())
+    assert [names for names, _ in groups] == [targets]
+
+
+def convolution(bits: Bits, activation: Tensor | None) -> gs.Graph:
+    """A traced convolution with its Q/DQ nodes."""
     torch.manual_seed(0)
     original = torch.nn.Conv2d(4, 4, 3, padding=1).requires_grad_(False)
-    model = torch.nn.Sequential(original).eval()
-    x = torch.randn(2, 4, 8, 8)
     names: dict[str, Any] = {"inputs": ["x"], "outputs": ["y"], "dynamic": [{}]}
-    graph = trace(model, [x], **names, layers=["0"])
-    scales = LayerScales(bits=Bits(4, 16), weight=torch.ones(4))
+    model = torch.nn.Sequential(original).eval()
+    graph = trace(model, [torch.randn(2, 4, 8, 8)], **names, layers=["0"])
+    scales = LayerScales(bits=bits, weight=torch.ones(4), activation=activation)
+    insert_qdq(graph, {"0": scales}, TARGETS["tensorrt"], {"0": original})
+    return graph
+
+
+def test_4_bit_convolutions() -> None:
+    """As 8 bits with integer inputs; with float ones they are refused."""
+    graph = convolution(Bits(4, 8), torch.tensor(0.1))
+    codes = graph.tensors()["0/weight/codes"]
+    assert codes.values.dtype == np.int8
+    assert not [node for node in graph.nodes if node.op == "Cast"]
     with pytest.raises(UnsupportedError, match="layer 0 is a convolution with 4-bit weights"):
-        insert_qdq(graph, {"0": scales}, TARGETS["tensorrt"], {"0": original})
+        convolution(Bits(4, 16), None)

@@ -62,6 +62,7 @@ def built(model: onnx.ModelProto, folder: Path, precision: str, *capabilities: s
 BLOCKS = np.random.default_rng(1).uniform(0.005, 0.02, (4, qdq.N))
 KEPT: dict[str, tuple[Callable[[], onnx.ModelProto], str, str]] = {
     "int8": (qdq.linear, "w8a8", "INT8 gemm"),
+    "int8 convolution": (qdq.convolution, "w8a8", "INT8 convolution"),
     "int4 blocks": (
         lambda: qdq.weight_only(qdq.packed(TensorProto.INT4, qdq.NARROW), BLOCKS, 0, 32),
         "w4a16",
@@ -241,13 +242,21 @@ def test_what_is_refused(tmp_path: Path, name: str) -> None:
     assert "\n" not in str(e.value)
 
 
-def test_a_type_that_the_device_lacks(tmp_path: Path) -> None:
-    """fp8 builds for Ada, where it is a product of its own, and is refused for Ampere."""
-    found = built(qdq.fp8(), tmp_path, "w8a8", "8.9")
-    assert found.products == {"FP8 gemm": 1}
-    message = "fp8_e4m3 is a type that this device does not multiply; fp8 needs .* 8.9 or newer"
+def test_fp8_is_a_product_of_its_own(tmp_path: Path) -> None:
+    assert built(qdq.fp8(), tmp_path, "w8a8", "8.9").products == {"FP8 gemm": 1}
+
+
+@pytest.mark.parametrize(
+    ("make", "capability", "kind"),
+    [(qdq.fp8, "8.6", "fp8_e4m3"), (qdq.fp4, "8.9", "fp4_e2m1")],
+)
+def test_a_type_that_the_device_lacks(
+    tmp_path: Path, make: Callable[[], onnx.ModelProto], capability: str, kind: str
+) -> None:
+    """Refused at once, and not at the end of a build."""
+    message = f"{kind} is a type that this device does not multiply; fp8 needs .* fp4 needs 12.0"
     with pytest.raises(UnsupportedError, match=message):
-        built(qdq.fp8(), tmp_path, "w8a8", "8.6")
+        built(make(), tmp_path, "w8a8", capability)
 
 
 def test_plans_are_the_same_bytes(typed_bundle: Bundle) -> None:
