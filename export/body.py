@@ -33,6 +33,8 @@ class LoopSpec:
     step_noise: bool
     gain: NDArray[np.float32] | None  # (T, C), and `offset`: of the variance correction
     offset: NDArray[np.float32] | None
+    # Rows that no value decides: labels are not made distinct, and null rows are always there.
+    fixed_rows: bool = False
 
 
 class Carried(NamedTuple):
@@ -104,6 +106,7 @@ class Builder:
         """Without any constants yet."""
         self.spec = spec
         self.initializers: dict[str, TensorProto] = {}
+        self.scale = "guidance_scale"
 
     def constant(self, name: str, value: Any, dtype: Any = np.int64) -> str:
         """An initializer of the outermost graph; bodies capture it by name."""
@@ -138,7 +141,10 @@ class Builder:
         if null is not None:
             held, over = self.constant("null_label", [null]), 1.0
             labels = scope.op("Concat", labels, held, axis=0)
-        unique, _, inverse, _ = scope.op("Unique", labels, outputs=4, sorted=1)
+        if self.spec.fixed_rows:
+            unique, inverse = labels, self.counted(scope, labels)
+        else:
+            unique, _, inverse, _ = scope.op("Unique", labels, outputs=4, sorted=1)
         timesteps = self.constant("timesteps", self.spec.timesteps, np.float32)
         names = {"timesteps": timesteps, "class_labels": unique}
         temporal = self.spec.graphs["temporal"]
@@ -146,8 +152,14 @@ class Builder:
         zero, one, end = (self.constant(n, [v]) for n, v in (("zero", 0), ("one", 1), ("end", END)))
         self.last = self.constant("last", [-1])
         self.n = scope.op("Shape", "class_labels")
-        guided = scope.op("Greater", "guidance_scale", self.constant("unguided", over, np.float32))
-        guided = scope.op("Cast", guided, to=TensorProto.INT64)
+        unguided = self.constant("unguided", over, np.float32)
+        if self.spec.fixed_rows:
+            guided = self.constant("guided", [int(null is not None)])
+            if null is not None:
+                self.scale = scope.op("Max", "guidance_scale", unguided)
+        else:
+            guided = scope.op("Greater", "guidance_scale", unguided)
+            guided = scope.op("Cast", guided, to=TensorProto.INT64)
         conditional = scope.op("Slice", inverse, zero, self.n, zero)
         null_row = scope.op("Slice", inverse, self.last, end, zero)
         count = scope.op("Mul", self.n, guided)
@@ -165,6 +177,12 @@ class Builder:
         self.null_end = scope.op("Concat", end, channels, axis=0)
         for name, column in zip(Coefficients._fields, self.spec.table.T, strict=True):
             self.constant(name, column, np.float32)
+
+    def counted(self, scope: Scope, labels: str) -> str:
+        """0, 1, 2 and so on, one per label."""
+        first, step = self.constant("first", 0), self.constant("every", 1)
+        found: str = scope.op("Range", first, scope.op("Size", labels), step)
+        return found
 
     def features_of(self, scope: Scope, steps: str, axis: int) -> str:
         """Features of one step (N, F), or along `axis` 1 of several (R, N, F)."""
@@ -187,7 +205,7 @@ class Builder:
         op = scope.op
         conditional = op("Slice", output, self.zeros, self.conditional_end, self.axes)
         null = op("Slice", output, self.null_start, self.null_end, self.axes)
-        scaled = op("Mul", "guidance_scale", op("Sub", conditional, null))
+        scaled = op("Mul", self.scale, op("Sub", conditional, null))
         guided = op("Add", null, scaled)
         row = Coefficients(*(op("Gather", name, t, axis=0) for name in Coefficients._fields))
         x0 = op("Add", op("Mul", row.c_x, x), op("Mul", row.c_o, guided))
@@ -236,7 +254,8 @@ class Builder:
             body.initializers,
         )
         starts = [c.start for c in carried]
-        first = going[0] if going else ""
+        always = self.constant("always", True, np.bool_) if self.spec.fixed_rows else ""
+        first = going[0] if going else always
         found = scope.op("Loop", trips, first, *starts, outputs=len(carried), body=graph)
         return [found] if len(carried) == 1 else list(found)
 

@@ -15,9 +15,8 @@ from ditcast.errors import UnsupportedError
 from ditcast.export.convolution import Unfolding, window_matrix
 from ditcast.export.store import as_int4
 from ditcast.export.targets import Target
+from ditcast.export.tensorrt import INT4, block_scales
 from ditcast.models.base import Layer
-
-INT4 = 4  # bits from which on weights are stored two to a byte
 
 
 def insert_qdq(
@@ -75,6 +74,12 @@ class _Pairs(NamedTuple):
 
     def convolution(self, conv: gs.Node, kernel: NDArray[np.int8]) -> None:
         """The same for a convolution with a kernel (O, C, kh, kw), in the form of the target."""
+        if self.scales.activation is None and self.target.typed:
+            raise UnsupportedError(
+                f"export: layer {self.layer} is a convolution with {self.scales.bits.weight}-bit "
+                "weights and float inputs, for which target tensorrt has no kernel; use scheme "
+                f"w8a8 or w4a8, or the rule {{pattern: {self.layer}, precision: w8a8}}"
+            )
         if self.scales.activation is None or not self.target.unfolds:
             self.input_of(conv)
             conv.inputs[1] = self.kernel(kernel)
@@ -115,23 +120,34 @@ class _Pairs(NamedTuple):
         return self.node("Reshape", "weight/kernel", [flat, shape])
 
     def weight(
-        self, values: NDArray[np.int8], scale: NDArray[np.float32], axis: int
+        self, values: NDArray[np.int8], scale: NDArray[np.floating], axis: int
     ) -> gs.Variable:
         """DequantizeLinear of the layer's integer weight, per channel or in groups along an axis.
 
         4-bit codes of a layer with an integer input are cast to 8 bits first: ONNX Runtime then
-        runs the kernel of 8-bit weights, and the file is half the size.
+        runs the kernel of 8-bit weights, and the file is half the size. A typed target has them
+        as 8 bits (convolutions), or in blocks of half precision beside float inputs.
         """
         codes: gs.Tensor = gs.Constant(f"{self.layer}/weight/codes", values)
-        if self.scales.bits.weight <= INT4:
+        blocks = {"block_size": self.group} if scale.ndim > 1 else {}
+        narrow, floats = self.scales.bits.weight <= INT4, self.scales.activation is None
+        if narrow and self.target.typed:
+            if floats:
+                codes, axis = as_int4(codes), 0
+                scale, blocks["block_size"] = block_scales(self.layer, scale, len(values))
+        elif narrow:
             codes = as_int4(codes)
-            if self.scales.activation is not None:
+            if not floats:
                 wide = onnx.TensorProto.INT8
                 codes = self.node("weight/Cast", "weight/wide", [codes], np.int8, to=wide)
         factor = gs.Constant(f"{self.layer}/weight/scale", scale.copy())
-        blocks = {"block_size": self.group} if scale.ndim > 1 else {}
         return self.node(
-            "weight/DequantizeLinear", "weight", [codes, factor], np.float32, axis=axis, **blocks
+            "weight/DequantizeLinear",
+            "weight",
+            [codes, factor],
+            scale.dtype.type,
+            axis=axis,
+            **blocks,
         )
 
     def node(

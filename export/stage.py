@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-import shutil
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,9 @@ from ditcast.export.branching import branch
 from ditcast.export.loop import sampler_graph
 from ditcast.export.probes import Probe, loop_probe, make_probes, short_steps
 from ditcast.export.quantize import insert_qdq
-from ditcast.export.store import WeightStore
-from ditcast.export.targets import TARGETS
+from ditcast.export.store import WeightStore, check_disk
+from ditcast.export.targets import TARGETS, encodings
+from ditcast.export.tensorrt import KEPT, lower
 from ditcast.export.trace import trace
 from ditcast.manifest import REFERENCE, WEIGHTS, Graph
 from ditcast.models import Adapter, LoadedModel
@@ -55,7 +56,7 @@ def to_onnx(bundle: Bundle, model: LoadedModel, targets: Sequence[str] = DEFAULT
     if not due:
         return
     bundle.clear()  # what an interrupted export staged takes up the disk that is checked here
-    _check_disk(bundle, model, len(due))
+    check_disk(bundle, model, len(due))
     qparams = _qparams(bundle, model)
     if missing(bundle.manifest):
         raise BundleError(
@@ -66,11 +67,8 @@ def to_onnx(bundle: Bundle, model: LoadedModel, targets: Sequence[str] = DEFAULT
     golden: dict[str, Any] = {}
     if held:
         golden, _ = tensors.load(bundle.file(GOLDEN))
-    float_ = [target for target in due if TARGETS[target].dtype is None or not qparams]
-    integer = [target for target in due if target not in float_]
-    for targets, scales in ((float_, QParams()), (integer, qparams)):
-        if targets:
-            found += _export(bundle, model, targets, scales, golden)
+    for targets, scales in encodings(model.adapter, due, qparams):
+        found += _export(bundle, model, targets, scales, golden)
     tensors.save(golden, bundle.staged(GOLDEN))
     replaces = "" if held else "graphs/"
     bundle.commit({"graphs": tuple(found), "golden": (GOLDEN,)}, replaces)
@@ -133,7 +131,8 @@ def _export(
             measured = {name: measured[name] for name in _graphs_of(target, measured)}
             held = {name: _layers_in(graph, simulation.layers) for name, graph in traced.items()}
             held["sampler"] = tuple(simulation.layers)
-            parities, output = _compare(adapter, folder, measured, simulation, held)
+            half = TARGETS[target].typed
+            parities, output = _compare(adapter, folder, measured, simulation, held, half=half)
             feeds = probes["full"].feeds
             golden |= {f"{target}.input.{k}": feed.numpy() for k, feed in feeds.items()}
             golden[f"{target}.output"] = output
@@ -171,6 +170,8 @@ def _write_target(
             layers = {layer: qparams.layers[layer] for layer in held}
             if layers:
                 insert_qdq(graph, layers, TARGETS[target], originals, group)
+            if TARGETS[target].typed:
+                lower(graph, name)
             path = folder / f"{name}.onnx"
             store.save(graph, path)
             if name in BRANCHED:
@@ -182,6 +183,7 @@ def _write_target(
         loops = (("sampler", bundle.manifest.recipe.steps), (SHORT, short_steps(bundle)))
         for name, steps in loops if TARGETS[target].loop else ():
             spec = _loop_spec(bundle, adapter, parts, fitted, steps)
+            spec = replace(spec, fixed_rows=TARGETS[target].typed)
             store.save_proto(sampler_graph(spec), folder / f"{name}.onnx")
 
 
@@ -227,6 +229,8 @@ def _compare(
     probes: dict[str, Probe],
     simulation: Simulation,
     held: dict[str, tuple[str, ...]],
+    *,
+    half: bool,
 ) -> tuple[dict[str, dict[str, float]], Any]:
     """Parity of every graph, and the full step's output for the golden file.
 
@@ -251,7 +255,9 @@ def _compare(
             elif name == "sampler":  # of step graphs that have been compared by themselves
                 whole = functools.partial(_exactly, probe, simulation)
         path = short if name == "sampler" else folder / f"{name}.onnx"
-        found[name], outputs = parity.measure(path, probe.feeds, probe.run(), unquantized, whole)
+        found[name], outputs = parity.measure(
+            path, probe.feeds, probe.run(), unquantized, whole, half=half and name != KEPT
+        )
         if name == "full":
             golden = outputs["output"]
     short.unlink(missing_ok=True)
@@ -278,14 +284,3 @@ def _qparams(bundle: Bundle, model: LoadedModel) -> QParams:
             f"run: ditcast calibrate {model.source} -o {bundle.path}"
         )
     return of_bundle(bundle)
-
-
-def _check_disk(bundle: Bundle, model: LoadedModel, targets: int) -> None:
-    """A target needs at most the parameters in float."""
-    needed = targets * 4 * bundle.manifest.model.parameters
-    free = shutil.disk_usage(bundle.path).free
-    if free < needed:
-        raise BundleError(
-            f"export: the disk of {bundle.path} has {free / 2**20:.0f} MiB free, expected at "
-            f"least {needed / 2**20:.0f} MiB for {model.source}; free some space and run again"
-        )

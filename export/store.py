@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -12,11 +13,14 @@ import onnx
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
+from ditcast.bundle import Bundle
+from ditcast.errors import BundleError
 from ditcast.export.trace import INLINE_BYTES, IR_VERSION, replace
 from ditcast.manifest import WEIGHTS
+from ditcast.models import LoadedModel
 
 ALIGNMENT = 4096  # a page, so that a runtime can map the file
-_INT4 = "/int4"  # end of the name of a constant that is stored with 4 bits per value
+PACKED = "/int4"  # end of the name of a constant that is stored with 4 bits per value
 
 
 class WeightStore:
@@ -59,7 +63,7 @@ class WeightStore:
         self._file.flush()
         references = []
         for tensor in graph.tensors().values():
-            narrow = tensor.name.endswith(_INT4)
+            narrow = tensor.name.endswith(PACKED)
             if isinstance(tensor, gs.Constant) and (narrow or tensor.values.nbytes > INLINE_BYTES):
                 added = self.add(tensor.name, _packed(tensor.values) if narrow else tensor.values)
                 if narrow:
@@ -86,7 +90,7 @@ def as_int4(constant: gs.Constant) -> gs.Constant:
 
     graphsurgeon has no type for it.
     """
-    return gs.Constant(constant.name + _INT4, constant.values)
+    return gs.Constant(constant.name + PACKED, constant.values)
 
 
 def _packed(values: NDArray[Any]) -> NDArray[np.uint8]:
@@ -108,3 +112,18 @@ def reference(
     for key, value in (("location", WEIGHTS), ("offset", str(offset)), ("length", str(length))):
         tensor.external_data.add(key=key, value=value)
     return tensor
+
+
+def check_disk(bundle: Bundle, model: LoadedModel, targets: int) -> None:
+    """Refuse a disk that is too small: a target needs at most the parameters in float.
+
+    Raises:
+        BundleError: there is less space.
+    """
+    needed = targets * 4 * bundle.manifest.model.parameters
+    free = shutil.disk_usage(bundle.path).free
+    if free < needed:
+        raise BundleError(
+            f"export: the disk of {bundle.path} has {free / 2**20:.0f} MiB free, expected at "
+            f"least {needed / 2**20:.0f} MiB for {model.source}; free some space and run again"
+        )

@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
+from ditcast.calibrate.qparams import QParams
+from ditcast.export.tensorrt import weight_only
 from ditcast.manifest import REFERENCE
+from ditcast.models import Adapter
+from ditcast.progress import say
 
 
 class Target(NamedTuple):
     """The integers of one symmetric scale (type and zero point), and whether it has a graph loop.
 
     A target without integers, `dtype` None, is in full precision. One that `unfolds` has integer
-    convolutions as MatMuls over their windows.
+    convolutions as MatMuls over their windows. One that is `typed` takes its precision from the
+    graph: see `export.tensorrt`.
     """
 
     dtype: type[np.generic] | None
     zero_point: int
     loop: bool
     unfolds: bool = False
+    typed: bool = False
 
 
 # u8 with zero point 128 and s8 with 0 are the same integers, shifted. ONNX Runtime's CPU
@@ -28,4 +35,24 @@ TARGETS: dict[str, Target] = {
     REFERENCE: Target(None, 0, loop=True),
     "onnxruntime": Target(np.uint8, 128, loop=True, unfolds=True),
     "openvino": Target(np.int8, 0, loop=False),
+    "tensorrt": Target(np.int8, 0, loop=True, typed=True),
 }
+
+
+def encodings(
+    adapter: Adapter, targets: Sequence[str], qparams: QParams
+) -> list[tuple[list[str], QParams]]:
+    """Targets that encode the same numbers together, each group with what it is quantized by."""
+    floats = [target for target in targets if TARGETS[target].dtype is None or not qparams]
+    typed = [target for target in targets if target not in floats and TARGETS[target].typed]
+    own = weight_only(qparams, {**adapter.layers(), **adapter.temporal_linears()})
+    if own is qparams:
+        typed = []
+    elif typed:
+        say(
+            f"target {', '.join(typed)}: layers of 4-bit weights keep float inputs there; "
+            "TensorRT multiplies no 4-bit weights by 8-bit inputs"
+        )
+    integer = [target for target in targets if target not in [*floats, *typed]]
+    groups = [(floats, QParams()), (integer, qparams), (typed, own)]
+    return [(names, scales) for names, scales in groups if names]

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from ditcast.bundle import Bundle
-from ditcast.errors import DitcastError, MissingDependencyError, UnsupportedError
+from ditcast.errors import ConfigError, DitcastError, MissingDependencyError, UnsupportedError
 from ditcast.progress import say
 from ditcast.runtime.audit import GOLDEN_LIMIT_DB, golden_step
-from ditcast.runtime.backends import BACKENDS, Backend, make_backend
+from ditcast.runtime.backends import BACKENDS, ENGINES, Backend, make_backend
 from ditcast.runtime.backends.loadcache import folder, machine_facts
 from ditcast.runtime.machine import versions
 from ditcast.settings import Settings
@@ -58,6 +58,12 @@ def check_backend(name: str, settings: Settings) -> None:
         ConfigError, MissingDependencyError: as `make_backend`.
     """
     settings.thread_count()
+    if name in ENGINES:
+        raise ConfigError(
+            f"backend: {name} runs engines, which are built of a bundle that is there; run: "
+            "ditcast compile MODEL -o BUNDLE --target tensorrt, then: ditcast build BUNDLE "
+            f"--backend {name}"
+        )
     if name != AUTO:
         make_backend(name, settings)
 

@@ -111,6 +111,24 @@ def other_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     return make_bundle(load(str(folder)), folder / "other.bundle", **keys)
 
 
+@pytest.fixture(scope="session")
+def typed_bundle(
+    shared_bundle: Bundle, tiny: LoadedModel, tmp_path_factory: pytest.TempPathFactory
+) -> Bundle:
+    """The W8A8 bundle with the graphs of TensorRT too; never write to it."""
+    path = tmp_path_factory.mktemp("typed") / "typed.bundle"
+    shutil.copytree(shared_bundle.path, path)
+    to_onnx(Bundle.open(path), tiny, ["tensorrt"])
+    return Bundle.open(path)
+
+
+@pytest.fixture(scope="session")
+def blocks_bundle(tiny: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """A W4A8 bundle, whose layers TensorRT has with float inputs; never write to it."""
+    path = tmp_path_factory.mktemp("blocks") / "blocks.bundle"
+    return make_bundle(tiny, path, ("tensorrt",), scheme="w4a8")
+
+
 @pytest.fixture
 def bundle(shared_bundle: Bundle, tmp_path: Path) -> Bundle:
     """A copy of the shared bundle that a test may damage."""

@@ -21,6 +21,16 @@ BACKENDS = {
     "openvino": ("ditcast.runtime.backends.openvino", "OpenVinoBackend", "openvino"),
 }
 
+# The same; they run engines that were built before, so `auto` has nothing of theirs to measure.
+ENGINES = {
+    "tensorrt": ("ditcast.runtime.backends.tensorrt_session", "TensorRtBackend", "tensorrt"),
+    "tensorrt-rtx": (
+        "ditcast.runtime.backends.tensorrt_session",
+        "TensorRtRtxBackend",
+        "tensorrt-rtx",
+    ),
+}
+
 
 def make_backend(name: str, settings: Settings | None = None) -> Backend:
     """The backend of that name.
@@ -28,10 +38,12 @@ def make_backend(name: str, settings: Settings | None = None) -> Backend:
     Raises:
         ConfigError: no such backend.
         MissingDependencyError: its package is not installed.
+        UnsupportedError: it needs a GPU, and there is none.
     """
-    if name not in BACKENDS:
-        raise ConfigError(f"backend: unknown {name!r}; expected one of {', '.join(BACKENDS)}, auto")
-    module, kind, extra = BACKENDS[name]
+    known = BACKENDS | ENGINES
+    if name not in known:
+        raise ConfigError(f"backend: unknown {name!r}; expected one of {', '.join(known)}, auto")
+    module, kind, extra = known[name]
     try:
         found: Backend = getattr(importlib.import_module(module), kind)(settings or Settings())
     except ImportError as err:
@@ -44,6 +56,7 @@ def make_backend(name: str, settings: Settings | None = None) -> Backend:
 
 __all__ = [
     "BACKENDS",
+    "ENGINES",
     "Backend",
     "GraphFile",
     "NodeTime",

@@ -27,7 +27,7 @@ class GraphFile:
     `identity` names the bytes of the graph and its weights; without one, nothing that is
     compiled from it is kept. `weight_bits` is the widest integer weight, 0 for a float graph.
     `size` is that of graph and weights in bytes. The weights of a float graph that runs `once`
-    per request are better read in place than packed.
+    per request are better read in place than packed. `bundle` is where its engines are.
     """
 
     path: Path
@@ -35,6 +35,7 @@ class GraphFile:
     weight_bits: int = 0
     size: int = 0
     once: bool = False
+    bundle: Bundle | None = None
 
 
 def graph_file(bundle: Bundle, target: str, name: str) -> GraphFile:
@@ -54,6 +55,7 @@ def graph_file(bundle: Bundle, target: str, name: str) -> GraphFile:
         weight_bits=bits,
         size=sum(entry.size for entry in entries),
         once=name == "temporal" and not bits,
+        bundle=bundle,
     )
 
 

@@ -134,11 +134,11 @@ class Bundle:
             shutil.rmtree(self.path / STAGING / stage)
         _remove_if_empty(self.path / STAGING)
 
-    def commit(self, update: dict[str, Any], replaces: str = "") -> None:
+    def commit(self, update: dict[str, Any], replaces: str | tuple[str, ...] = "") -> None:
         """Make the staged files part of the bundle, together with new manifest sections.
 
-        `replaces` is a path prefix (such as `graphs/`): files under it that were not staged
-        again leave the bundle.
+        `replaces` is a path prefix (such as `graphs/`), or several: files under it that were not
+        staged again leave the bundle.
         """
         self._write()
         try:
@@ -152,7 +152,7 @@ class Bundle:
             os.close(self._lock)
             self._lock = None
 
-    def _commit(self, update: dict[str, Any], replaces: str) -> None:
+    def _commit(self, update: dict[str, Any], replaces: str | tuple[str, ...]) -> None:
         new = self.path / STAGING / "new"
         staged = sorted(p for p in new.rglob("*") if p.is_file()) if new.is_dir() else []
         files = {

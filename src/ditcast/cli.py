@@ -14,11 +14,13 @@ from rich.table import Table
 from ditcast import __version__
 from ditcast.bundle import Bundle
 from ditcast.cache.fitted import recipe_plan
+from ditcast.commands import engines
 from ditcast.commands.sample import sample
 from ditcast.errors import ConfigError, DitcastError, ParityError
 from ditcast.options import (
     BACKEND,
     BUNDLE,
+    ENGINE_BACKENDS,
     IMAGES,
     JSON,
     LOOP,
@@ -174,8 +176,11 @@ def audit(
 ) -> None:
     """Say which kernel every quantized layer really runs in, and how long; exit 1 if one is float.
 
-    It also checks that the golden step of the export comes out on this machine.
+    It also checks that the golden step of the export comes out on this machine. Engines of
+    TensorRT are judged by what their builder said, which needs no GPU.
     """
+    if backend in ENGINE_BACKENDS:
+        return engines.audit_built(bundle, backend, loop, json_file)
     found = _audit(Bundle.open(bundle), backend, settings, loop, json_file)
     show(audit_rows(found), right=3)
     if not found.passed:
@@ -202,6 +207,9 @@ def inspect(bundle: Path, json_file: Path | None) -> None:
         if value:
             table.add_row(key, escape(value))
     Console(soft_wrap=True).print(table)
+
+
+app.add_command(engines.build)
 
 
 def _load(source: str) -> LoadedModel:

@@ -106,6 +106,29 @@ class Graph(_Section):
     layers: tuple[str, ...] = ()
 
 
+class Engine(_Section):
+    """One plan of a graph: what it was built of and for, and who vouches for it.
+
+    `key` is the hash of `made_from` (graph and weights), backend, version, device and flags;
+    `profile` holds min, opt and max of every dynamic axis of every input. `layers` is the file of
+    what the builder said that it made of the graph. `signature` is by the builder's own key.
+    """
+
+    graph: str
+    backend: str
+    version: str
+    device: str
+    flags: tuple[str, ...]
+    profile: dict[str, dict[str, tuple[int, int, int]]]
+    made_from: str
+    key: str
+    path: str
+    layers: str
+    weights_bytes: int
+    build_s: float
+    signature: str = ""
+
+
 class Manifest(_Section):
     """Everything a reader has to know; unknown keys are errors."""
 
@@ -117,6 +140,7 @@ class Manifest(_Section):
     quantization: Quantization | None = None
     cache: CacheFit | None = None
     graphs: tuple[Graph, ...] = ()
+    engines: tuple[Engine, ...] = ()
     golden: tuple[str, ...] = ()
     reports: tuple[str, ...] = ()
     files: dict[str, FileEntry] = {}
@@ -192,6 +216,7 @@ def render(values: dict[str, Any]) -> str:
 def _referenced(manifest: Manifest) -> list[str]:
     """Every file that a section of the manifest names."""
     names = [graph.path for graph in manifest.graphs]
+    names += [name for engine in manifest.engines for name in (engine.path, engine.layers)]
     if manifest.quantization is not None:
         names.append(manifest.quantization.file)
     if manifest.cache is not None:

@@ -17,6 +17,9 @@ from ditcast.settings import Settings
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+ENGINE_BACKENDS = ("tensorrt", "tensorrt-rtx")  # they run what `ditcast build` has built
+LISTS = ("--labels", "--compute-capability")  # options that take several values
+
 BUNDLE = click.argument("bundle", type=click.Path(path_type=Path))
 MODEL = click.argument("model")
 OUTPUT = click.option("-o", "--output", required=True, type=click.Path(path_type=Path))
@@ -24,7 +27,8 @@ BACKEND = click.option(
     "--backend",
     default="onnxruntime",
     show_default=True,
-    help="runtime: onnxruntime, openvino, or auto: the faster one here, measured once",
+    help="runtime: onnxruntime, openvino, tensorrt, tensorrt-rtx, or auto: the faster one of the "
+    "first two here, measured once",
 )
 TARGETS = click.option(
     "--target",
@@ -35,11 +39,12 @@ TARGETS = click.option(
 
 
 def runtime_options(command: F) -> F:
-    """Add `--threads` and `--spin`; the command gets both as `settings`."""
+    """Add `--threads`, `--spin` and `--trust-engines`; the command gets them as `settings`."""
 
     @functools.wraps(command)
-    def wrapped(threads: int, spin: bool, **rest: Any) -> Any:
-        return command(settings=Settings(threads=threads, spin=spin), **rest)
+    def wrapped(threads: int, spin: bool, trust_engines: bool, **rest: Any) -> Any:
+        settings = Settings(threads=threads, spin=spin, trust_engines=trust_engines)
+        return command(settings=settings, **rest)
 
     spinning = click.option(
         "--spin/--no-spin",
@@ -48,7 +53,10 @@ def runtime_options(command: F) -> F:
         help="waiting threads keep their cores: faster alone, slower beside other work",
     )
     count = click.option("--threads", default=0, show_default=True, help="0 is one per core")
-    return cast(F, count(spinning(wrapped)))
+    trust = click.option(
+        "--trust-engines", is_flag=True, help="run TensorRT plans that this user has not built"
+    )
+    return cast(F, count(spinning(trust(wrapped))))
 
 
 def _in_a_folder(context: click.Context, option: click.Parameter, path: Path | None) -> Path | None:
@@ -116,14 +124,17 @@ def parse_labels(text: str, classes: tuple[str, ...]) -> list[int]:
 
 
 def join_labels(arguments: list[str]) -> list[str]:
-    """`--labels 3 5` as one value of two lines: click options take one value each."""
+    """`--labels 3 5` as one value of two lines: click options take one value each.
+
+    So it is with all `LISTS`.
+    """
     found: list[str] = []
     inside = False
     for argument in arguments:
         if inside and not (argument.startswith("-") and not argument[1:].isdigit()):
             found[-1] += "\n" * bool(found[-1]) + argument
             continue
-        inside = argument == "--labels"
+        inside = argument in LISTS
         found += [argument, ""] if inside else [argument]
     return found
 

@@ -15,10 +15,14 @@ def cores() -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """`threads`, 0 for one per core, and whether waiting threads `spin` on their cores."""
+    """`threads`, 0 for one per core, and whether waiting threads `spin` on their cores.
+
+    With `trust_engines`, plans that others have built are run too: they are code.
+    """
 
     threads: int = 0
     spin: bool = True
+    trust_engines: bool = False
 
     def thread_count(self) -> int:
         """The number of threads.

@@ -107,6 +107,7 @@ def bundle_rows(manifest: Manifest) -> dict[str, str]:
         else "",
         "correction": recipe.correction if recipe.correction != "none" else "",
         "graphs": ", ".join(f"{graph.target}/{graph.name}" for graph in manifest.graphs) or "none",
+        "engines": ", ".join(f"{e.backend}/{e.graph} ({e.device})" for e in manifest.engines),
         "reports": ", ".join(manifest.reports) or "none",
         "size": f"{sum(e.size for e in manifest.files.values()) / 2**20:.1f} MiB",
         "classes": ", ".join(f"{i} {name}" for i, name in enumerate(model.classes)),

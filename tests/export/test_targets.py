@@ -83,7 +83,7 @@ def test_a_target_that_fails_leaves_the_bundle_as_it_was(
 ) -> None:
     before = {path: path.read_bytes() for path in bundle.path.rglob("*") if path.is_file()}
 
-    def differ(*arguments: object) -> None:
+    def differ(*arguments: object, **options: object) -> None:
         raise ParityError("export: full.onnx differs from torch")
 
     monkeypatch.setattr("ditcast.export.parity.measure", differ)

@@ -109,7 +109,10 @@ def test_samples_by_auto(cli: Cli, narrow_bundle: Bundle, tmp_path: Path) -> Non
             ("export", "--target", "gpu"),
             "target: unknown 'gpu'; expected one of reference, onnxruntime, openvino",
         ),
-        (("audit", "--backend", "gpu"), "expected one of onnxruntime, openvino, auto"),
+        (
+            ("audit", "--backend", "gpu"),
+            "one of onnxruntime, openvino, tensorrt, tensorrt-rtx, auto",
+        ),
     ],
 )
 def test_mistakes_are_one_line(

@@ -1,1 +1,1 @@
-"""Sub-commands in files of their own; `ditcast.cli` puts them together."""
+"""Commands in files of their own; `ditcast.cli` adds them to the others."""

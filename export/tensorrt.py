@@ -1,0 +1,209 @@
+"""What a graph with Q/DQ needs for TensorRT to keep its integers, as its builder was seen to work.
+
+TensorRT is strongly typed: precision is in the graph. Products and attention of floats are in
+half precision, between casts. The embedding of the sample, the stream, the norms and everything
+around an integer product stay in float32: an integer product leaves its kernel before the factor
+of its channel is applied, and could overflow in half.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+from numpy.typing import NDArray
+from torch import nn
+
+from ditcast.calibrate.qparams import QParams
+from ditcast.errors import UnsupportedError
+from ditcast.export.store import PACKED
+from ditcast.models.base import Layer
+
+HALF = onnx.TensorProto.FLOAT16
+FLOAT = onnx.TensorProto.FLOAT
+PRODUCTS = ("MatMul", "Gemm", "Conv")
+BLOCKS = (128, 64, 32, 16)  # inputs that may share the scale of a 4-bit weight
+INT4 = 4
+KEPT = "temporal"  # the graph that runs once per request, and that all steps hang on
+
+
+def weight_only(qparams: QParams, originals: Mapping[str, Layer]) -> QParams:
+    """The same, but 4-bit Linears keep float inputs: TensorRT multiplies no 4 by 8 bits.
+
+    `qparams` itself where there are none with others.
+    """
+    narrow = {
+        name: replace(held, activation=None, zero_point=None)
+        for name, held in qparams.layers.items()
+        if held.bits.weight <= INT4
+        and held.activation is not None
+        and isinstance(originals[name], nn.Linear)
+    }
+    return replace(qparams, layers=qparams.layers | narrow) if narrow else qparams
+
+
+def block_scales(
+    layer: str, scale: NDArray[np.float32], inputs: int
+) -> tuple[NDArray[np.float16], int]:
+    """Scales (G, O) of the blocks of a 4-bit weight (I, O), and how long these are.
+
+    One scale per output channel, (O,), is repeated: TensorRT would dequantize such a weight when
+    it builds, and so it would with one block per channel.
+
+    Raises:
+        UnsupportedError: the inputs cannot be cut into such blocks.
+    """
+    sizes = [size for size in BLOCKS if inputs % size == 0 and size < inputs]
+    if scale.ndim > 1:
+        sizes = [size for size in sizes if size == inputs // len(scale)]
+    if not sizes:
+        got = f"{inputs} inputs" + (f" in {len(scale)} groups" if scale.ndim > 1 else "")
+        raise UnsupportedError(
+            f"export: layer {layer} has {got}, but the 4-bit weights of target tensorrt come in "
+            f"at least two blocks of {', '.join(map(str, sorted(BLOCKS)))}; give it a rule of "
+            "precision w8a8, or another --group"
+        )
+    if scale.ndim == 1:
+        scale = np.tile(scale, (inputs // sizes[0], 1))
+    return scale.astype(np.float16), sizes[0]
+
+
+def lower(graph: gs.Graph, name: str) -> None:
+    """Rewrite a step graph with Q/DQ in place."""
+    for node in list(graph.nodes):
+        if node.op == "MatMul" and _producer(node.inputs[1]) == "DequantizeLinear":
+            _split(graph, node)
+    for node in list(graph.nodes):
+        if node.op == "Attention":
+            _decompose(graph, node)
+        elif node.op in PRODUCTS:
+            kinds = [_producer(tensor) == "DequantizeLinear" for tensor in node.inputs[:2]]
+            floats = not any(kinds) and name != KEPT and not _is_stem(node)
+            if floats or kinds == [False, True]:
+                _halve(graph, node)
+    graph.cleanup().toposort()
+
+
+def _is_stem(product: gs.Node) -> bool:
+    """Whether a product reads the sample itself: what it rounds, no later layer can mend."""
+    tensor = product.inputs[0]
+    while tensor.inputs and tensor.inputs[0].op not in PRODUCTS:
+        sources = [x for x in tensor.inputs[0].inputs if not isinstance(x, gs.Constant)]
+        if len(sources) != 1:
+            return False
+        tensor = sources[0]
+    return not tensor.inputs
+
+
+def _producer(tensor: gs.Tensor) -> str:
+    """The operator that makes a tensor, if one does."""
+    return str(tensor.inputs[0].op) if tensor.inputs else ""
+
+
+def _split(graph: gs.Graph, product: gs.Node) -> None:
+    """One product for each part that its output is split into, such as query, key and value.
+
+    Where heads are cut out of one integer product of few inputs (64, not 128), TensorRT moves the
+    cuts into its weight, which it dequantizes for that. Products of one input it joins again, in
+    integers.
+    """
+    chain, tensor = [], product.outputs[0]
+    while len(tensor.outputs) == 1 and tensor.outputs[0].op in ("Add", "Mul"):
+        chain.append((tensor.outputs[0], tensor))
+        tensor = tensor.outputs[0].outputs[0]
+    if len(tensor.outputs) != 1 or tensor.outputs[0].op != "Split":
+        return
+    parts = list(tensor.outputs[0].outputs)
+    widths = [int(part.shape[-1]) for part in parts]
+    tensor.outputs[0].outputs.clear()
+    start = 0
+    for i, (part, width) in enumerate(zip(parts, widths, strict=True)):
+        columns = slice(start, start + width)
+        start += width
+        names = [product, *(node for node, _ in chain)]
+        made: gs.Tensor = _weight(graph, product, columns, i)
+        inputs = [product.inputs[0], made]
+        for k, node in enumerate(names):
+            if k:
+                before = chain[k - 1][1]
+                inputs = [made if x is before else _columns(x, columns, i) for x in node.inputs]
+            made = part if k == len(chain) else gs.Variable(f"{node.name}/{i}/y", np.float32)
+            name = f"{node.name}/{i}"
+            graph.nodes.append(gs.Node(node.op, name, dict(node.attrs), inputs, [made]))
+
+
+def _weight(graph: gs.Graph, product: gs.Node, columns: slice, index: int) -> gs.Variable:
+    """Some columns of a quantized weight (I, O)."""
+    node = product.inputs[1].inputs[0]
+    codes, scale = (_columns(tensor, columns, index) for tensor in node.inputs)
+    restored = gs.Variable(f"{product.inputs[1].name}/{index}", product.inputs[1].dtype)
+    name = f"{node.name}/{index}"
+    graph.nodes.append(gs.Node(node.op, name, dict(node.attrs), [codes, scale], [restored]))
+    return restored
+
+
+def _columns(tensor: gs.Tensor, columns: slice, index: int) -> gs.Tensor:
+    """Some columns of a constant; what has but one, or is of each row, is left as it is."""
+    if not isinstance(tensor, gs.Constant) or tensor.values.shape[-1:] in ((), (1,)):
+        return tensor
+    base, mark, _ = tensor.name.partition(PACKED)
+    values = np.ascontiguousarray(tensor.values[..., columns])
+    return gs.Constant(f"{base}/{index}{mark}", values)
+
+
+def _decompose(graph: gs.Graph, attention: gs.Node) -> None:
+    """Attention in half as products, softmax and transposes, which TensorRT joins again.
+
+    With the operator itself it has no kernel for float32, rounds to 8 bits in a kernel of its
+    own, and fails inside a `Loop`.
+    """
+    name, heads = attention.name, int(attention.attrs["q_num_heads"])
+    width = int(attention.inputs[0].shape[-1])
+    output = attention.outputs[0]
+    shape = gs.Constant(f"{name}/heads", np.array([0, 0, heads, -1], np.int64))
+    scale = gs.Constant(f"{name}/scale", np.array((width // heads) ** -0.25, np.float16))
+
+    def op(kind: str, part: str, inputs: Sequence[gs.Tensor], **attributes: Any) -> gs.Variable:
+        found = gs.Variable(f"{name}/{part}/y", np.float16)
+        node = gs.Node(kind, f"{name}/{part}", attributes, list(inputs), [found])
+        graph.nodes.append(node)
+        return found
+
+    parts = []
+    for part, tensor in zip(("query", "key", "value"), attention.inputs, strict=False):
+        half = op("Cast", f"{part}/Cast", [tensor], to=HALF)
+        perm = [0, 2, 3, 1] if part == "key" else [0, 2, 1, 3]
+        cut = op("Reshape", f"{part}/Reshape", [half, shape])
+        parts.append(op("Transpose", f"{part}/Transpose", [cut], perm=perm))
+    attention.inputs.clear()
+    attention.outputs.clear()
+    # The root of the usual factor on both sides: their product cannot overflow before it.
+    query, key = (op("Mul", f"{i}/Mul", [tensor, scale]) for i, tensor in enumerate(parts[:2]))
+    scores = op("MatMul", "scores/MatMul", [query, key])
+    shares = op("Softmax", "Softmax", [scores], axis=-1)
+    mixed = op("MatMul", "mixed/MatMul", [shares, parts[2]])
+    rows = op("Transpose", "Transpose", [mixed], perm=[0, 2, 1, 3])
+    joined = gs.Constant(f"{name}/joined", np.array([0, 0, width], np.int64))
+    found = op("Reshape", "Reshape", [rows, joined])
+    graph.nodes.append(gs.Node("Cast", f"{name}/Cast", {"to": FLOAT}, [found], [output]))
+
+
+def _halve(graph: gs.Graph, product: gs.Node) -> None:
+    """A product in half precision, between casts; what is dequantized is in half already."""
+    for i, tensor in enumerate(product.inputs):
+        if isinstance(tensor, gs.Constant):
+            halved = gs.Constant(f"{tensor.name}/half", tensor.values.astype(np.float16))
+            product.inputs[i] = halved
+        elif _producer(tensor) != "DequantizeLinear":
+            half = gs.Variable(f"{product.name}/input_{i}", np.float16)
+            name = f"{product.name}/Cast_{i}"
+            graph.nodes.append(gs.Node("Cast", name, {"to": HALF}, [tensor], [half]))
+            product.inputs[i] = half
+    output = product.outputs[0]
+    product.outputs[0] = gs.Variable(f"{product.name}/half", np.float16)
+    name = f"{product.name}/Cast"
+    graph.nodes.append(gs.Node("Cast", name, {"to": FLOAT}, [product.outputs[0]], [output]))

@@ -1,0 +1,89 @@
+"""Memory of a GPU and one stream on it, by the driver's own library alone."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any, Protocol
+
+from numpy.typing import NDArray
+
+from ditcast.errors import UnsupportedError
+
+
+class Device(Protocol):
+    """What a session needs of a GPU; all copies and kernels are in order on one stream."""
+
+    stream: int
+
+    def allocate(self, size: int) -> int:
+        """The address of `size` bytes."""
+        ...
+
+    def free(self, address: int) -> None:
+        """Give an allocation back."""
+        ...
+
+    def upload(self, array: NDArray[Any], address: int) -> None:
+        """Copy a contiguous array to an address."""
+        ...
+
+    def download(self, address: int, array: NDArray[Any]) -> None:
+        """Copy from an address into a contiguous array."""
+        ...
+
+    def wait(self) -> None:
+        """Until all of it is done."""
+        ...
+
+
+class CudaDevice:
+    """`Device` over the first GPU, in the context that TensorRT uses as well."""
+
+    def __init__(self) -> None:
+        """Take the device's primary context.
+
+        Raises:
+            UnsupportedError: the driver refuses.
+        """
+        self._cuda = ctypes.CDLL("libcuda.so.1")
+        device, context, stream = ctypes.c_int(), ctypes.c_void_p(), ctypes.c_void_p()
+        self._call("cuInit", 0)
+        self._call("cuDeviceGet", ctypes.byref(device), 0)
+        self._call("cuDevicePrimaryCtxRetain", ctypes.byref(context), device)
+        self._call("cuCtxSetCurrent", context)
+        self._call("cuStreamCreate", ctypes.byref(stream), 0)
+        self.stream = stream.value or 0
+
+    def _call(self, name: str, *arguments: Any) -> None:
+        code = getattr(self._cuda, name)(*arguments)
+        if code:
+            text = ctypes.c_char_p()
+            self._cuda.cuGetErrorString(code, ctypes.byref(text))
+            problem = text.value.decode() if text.value else "unknown"
+            raise UnsupportedError(f"GPU: {name} fails: {problem} (error {code}); see nvidia-smi")
+
+    def allocate(self, size: int) -> int:
+        """The address of `size` bytes."""
+        address = ctypes.c_uint64()
+        self._call("cuMemAlloc_v2", ctypes.byref(address), ctypes.c_size_t(size))
+        return address.value
+
+    def free(self, address: int) -> None:
+        """Give an allocation back."""
+        self._call("cuMemFree_v2", ctypes.c_uint64(address))
+
+    def upload(self, array: NDArray[Any], address: int) -> None:
+        """Copy a contiguous array to an address."""
+        source, size = ctypes.c_void_p(array.ctypes.data), ctypes.c_size_t(array.nbytes)
+        stream = ctypes.c_void_p(self.stream)
+        self._call("cuMemcpyHtoDAsync_v2", ctypes.c_uint64(address), source, size, stream)
+
+    def download(self, address: int, array: NDArray[Any]) -> None:
+        """Copy from an address into a contiguous array."""
+        target, size = ctypes.c_void_p(array.ctypes.data), ctypes.c_size_t(array.nbytes)
+        stream = ctypes.c_void_p(self.stream)
+        self._call("cuMemcpyDtoHAsync_v2", target, ctypes.c_uint64(address), size, stream)
+
+    def wait(self) -> None:
+        """Until all of it is done."""
+        self._call("cuStreamSynchronize", ctypes.c_void_p(self.stream))

@@ -1,0 +1,195 @@
+"""Sessions over the engines that `ditcast build` has put into a bundle; they need a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ditcast.errors import BundleError, ConfigError, UnsupportedError
+from ditcast.runtime.backends.base import Arrays, GraphFile, NodeTime, Session
+from ditcast.runtime.backends.device import CudaDevice, Device
+from ditcast.runtime.backends.gpu import find_gpu
+from ditcast.runtime.backends.tensorrt import load, no_gpu
+from ditcast.settings import Settings
+
+
+class TensorRtSession:
+    """One engine with its context, and a buffer on the device for each of its tensors."""
+
+    def __init__(self, trt: Any, engine: Any, device: Device, graph: GraphFile) -> None:
+        """Read the engine's tensors; buffers are allocated when the first inputs come."""
+        self._engine, self._device, self._graph = engine, device, graph
+        self._context = engine.create_execution_context()
+        names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
+        modes = {name: engine.get_tensor_mode(name) for name in names}
+        self._inputs = [n for n in names if modes[n] == trt.TensorIOMode.INPUT]
+        self._outputs = [n for n in names if modes[n] == trt.TensorIOMode.OUTPUT]
+        self._types = {name: trt.nptype(engine.get_tensor_dtype(name)) for name in names}
+        self._buffers: dict[str, tuple[int, int]] = {}  # address and size
+
+    def run(self, feeds: Arrays, outputs: Sequence[str]) -> dict[str, NDArray[Any]]:
+        """Compute the named outputs."""
+        self._feed(feeds)
+        found = {
+            name: np.empty(tuple(self._context.get_tensor_shape(name)), self._types[name])
+            for name in self._outputs
+        }
+        self._execute(found, outputs)
+        return {name: found[name] for name in outputs}
+
+    def run_into(self, feeds: Arrays, buffers: Arrays) -> None:
+        """Compute the outputs that `buffers` names into its arrays."""
+        self._feed(feeds)
+        found = dict(buffers)
+        for name in self._outputs:
+            shape = tuple(self._context.get_tensor_shape(name))
+            held = found.setdefault(name, np.empty(shape, self._types[name]))
+            if held.shape != shape or held.dtype != self._types[name]:
+                raise ConfigError(
+                    f"{self._graph.path.name}: the buffer for {name} is {held.dtype} "
+                    f"{list(held.shape)}, expected {np.dtype(self._types[name])} {list(shape)}"
+                )
+            if not (held.flags.c_contiguous and held.flags.writeable):
+                raise ConfigError(
+                    f"{self._graph.path.name}: the buffer for {name} is not contiguous and "
+                    "writeable; give an array of its own"
+                )
+        self._execute(found, list(buffers))
+
+    def _feed(self, feeds: Arrays) -> None:
+        """Shapes and values of all inputs; the arrays have to live until the end of the run."""
+        self._held = []
+        for name in self._inputs:
+            if name not in feeds:
+                raise ConfigError(f"{self._graph.path.name}: no value for its input {name}")
+            array = np.asarray(feeds[name], self._types[name], order="C")
+            low = high = tuple(self._engine.get_tensor_shape(name))
+            if -1 in low:
+                low, _, high = map(tuple, self._engine.get_tensor_profile_shape(name, 0))
+            fits = len(array.shape) == len(low) and all(
+                a <= n <= b for a, n, b in zip(low, array.shape, high, strict=True)
+            )
+            if not fits:
+                raise ConfigError(
+                    f"{self._graph.path.name}: got {name} {list(array.shape)}, and its engine "
+                    f"takes {list(low)} to {list(high)}; use a smaller batch, or compile a bundle "
+                    "with a larger --batch"
+                )
+            self._context.set_input_shape(name, array.shape)
+            self._device.upload(array, self._buffer(name, array.nbytes))
+            self._held.append(array)
+
+    def _execute(self, found: Arrays, wanted: Sequence[str]) -> None:
+        for name in self._outputs:
+            self._buffer(name, found[name].nbytes)
+        for name, (address, _) in self._buffers.items():
+            self._context.set_tensor_address(name, address)
+        if not self._context.execute_async_v3(self._device.stream):
+            raise BundleError(
+                f"{self._graph.path.name}: its engine fails; look at the lines above, and build it "
+                "again with: ditcast build"
+            )
+        for name in wanted:
+            self._device.download(self._buffers[name][0], found[name])
+        self._device.wait()
+
+    def _buffer(self, name: str, size: int) -> int:
+        """The address of a tensor's buffer, which only grows; an empty tensor has one too."""
+        address, held = self._buffers.get(name, (0, 0))
+        if held < max(size, 1):
+            if held:
+                self._device.wait()
+                self._device.free(address)
+            address = self._device.allocate(max(size, 1))
+            self._buffers[name] = address, max(size, 1)
+        return address
+
+    def close(self) -> None:
+        """Give the buffers back."""
+        self._device.wait()
+        for address, _ in self._buffers.values():
+            self._device.free(address)
+        self._buffers.clear()
+
+
+class TensorRtBackend:
+    """`Backend` over TensorRT, on the first GPU of this machine."""
+
+    name = "tensorrt"
+    target = "tensorrt"
+    loops: tuple[str, ...] = ("host", "graph")
+
+    def __init__(self, settings: Settings) -> None:
+        """Find the GPU and the library.
+
+        Raises:
+            UnsupportedError: there is no GPU.
+            MissingDependencyError: the package is not installed.
+        """
+        gpu = find_gpu()
+        if gpu is None:
+            raise UnsupportedError(no_gpu(self.name, "run"))
+        self.gpu, self._trust = gpu, settings.trust_engines
+        self._trt = load(self.name)
+        self.device: Device = CudaDevice()
+        self._runtime = self._trt.Runtime(self._trt.Logger(self._trt.Logger.WARNING))
+
+    def session(self, graph: GraphFile) -> Session:
+        """Load the engine of a graph.
+
+        Raises:
+            BundleError: there is none that fits and that is signed.
+            UnsupportedError: the graph is of another target.
+        """
+        from ditcast.runtime.engines import TARGET, find_engine, load_plan
+
+        if graph.bundle is None or graph.path.parent.name != TARGET:
+            raise UnsupportedError(
+                f"backend {self.name}: runs the engines of target {TARGET}, got {graph.path}; use "
+                "another backend for it (tools/gpu_check.py compares them)"
+            )
+        device = f"sm{self.gpu.capability.replace('.', '')}"
+        entry = find_engine(graph.bundle, self.name, graph.path.stem, device)
+        version = str(self._trt.__version__)
+        plan = load_plan(graph.bundle, entry, version, trust=self._trust)
+        engine = self._runtime.deserialize_cuda_engine(plan)
+        if engine is None:
+            raise BundleError(
+                f"engine: {entry.path} cannot be loaded on {self.gpu.name}; run: ditcast build "
+                f"{graph.bundle.path} --backend {self.name}"
+            )
+        return TensorRtSession(self._trt, engine, self.device, graph)
+
+    def profile(self, graph: GraphFile, feeds: Arrays, runs: int) -> list[NodeTime]:
+        """Engines are audited by what their builder said.
+
+        Raises:
+            UnsupportedError: always.
+        """
+        raise UnsupportedError(
+            f"backend {self.name}: its nodes are not timed one by one; see ditcast audit BUNDLE "
+            f"--backend {self.name}"
+        )
+
+    def is_integer(self, kernel: str) -> bool:
+        """Whether a kernel, as the audit names it, multiplies integers."""
+        return kernel.startswith("INT8")
+
+    def facts(self) -> dict[str, Any]:
+        """Version and GPU."""
+        return {
+            "backend": self.name,
+            self.name: str(self._trt.__version__),
+            "gpu": self.gpu.name,
+            "compute_capability": self.gpu.capability,
+            "gpu_memory_mib": self.gpu.memory_mib,
+        }
+
+
+class TensorRtRtxBackend(TensorRtBackend):
+    """The same over TensorRT for RTX."""
+
+    name = "tensorrt-rtx"

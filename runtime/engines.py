@@ -1,0 +1,183 @@
+"""The engines of a bundle: built from its graphs, kept with it, and found again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+
+from ditcast.bundle import Bundle
+from ditcast.cache.fitted import recipe_plan
+from ditcast.cache.stepping import graphs as graphs_of
+from ditcast.errors import BundleError, ConfigError, UnsupportedError
+from ditcast.manifest import Engine, Manifest, hash_file
+from ditcast.progress import say
+from ditcast.runtime.backends import GraphFile, graph_file
+from ditcast.runtime.backends.enginelog import EngineLayer
+from ditcast.runtime.backends.tensorrt import FLAGS, EngineBuilder, Profile, Range
+from ditcast.runtime.trust import check_signature, sign
+from ditcast.sampling import needs_noise
+
+TARGET = "tensorrt"
+GRAPHS = ("temporal", "full", "reuse", "sampler")
+FOLDER = "engines"
+SHOWN = 16  # digits of a key in the name of its plan
+
+
+def profile_of(manifest: Manifest, graph: str) -> Profile:
+    """Min, opt and max of every dynamic axis, from the recipe's batch, steps and cache.
+
+    The rows of a step are those of a guided batch, and fewer are fine.
+    """
+    recipe, null = manifest.recipe, manifest.model.null_label
+    guided = 1 if null is None else 2
+    rows: Range = (1, recipe.batch * (guided if recipe.guidance > 1 else 1), recipe.batch * guided)
+    if graph == "temporal":
+        labels = min(recipe.batch, manifest.model.num_classes) + guided - 1
+        return {
+            "timesteps": {0: (1, recipe.steps, recipe.steps)},
+            "class_labels": {0: (1, labels, labels)},
+        }
+    if graph == "sampler":
+        images = (1, recipe.batch, recipe.batch)
+        noise = {"step_noise": {1: images}} if needs_noise(recipe.sampler) else {}
+        return {"noise": {0: images}, "class_labels": {0: images}, **noise}
+    step = {"sample": {0: rows}, "features": {0: rows}}
+    if graph == "reuse":
+        return {**step, "forecast": {0: rows}}
+    longest = recipe_plan(manifest).ahead()[0].shape[1]
+    later: Range = (0, longest, longest)
+    return {**step, "ahead": {0: later, 1: rows}, "weights": {0: later}}
+
+
+def build_engines(
+    bundle: Bundle, builder: EngineBuilder, graphs: Sequence[str] = GRAPHS
+) -> list[Engine]:
+    """Build what is missing or stale, and put it into the bundle, one engine after the other.
+
+    Raises:
+        BundleError: the bundle has no graphs for TensorRT, or stale ones.
+        ConfigError: no such graph.
+        UnsupportedError: TensorRT refuses one, or the bundle's policy has graphs of its own.
+    """
+    lacking = set(graphs_of(recipe_plan(bundle.manifest))) - {*GRAPHS}
+    if lacking:
+        raise UnsupportedError(
+            f"backend {builder.name}: cache {bundle.manifest.recipe.cache} runs "
+            f"{', '.join(sorted(lacking))}, for which no engines are built; compile a bundle with "
+            "--cache taylor or fora, or run this one with --backend onnxruntime"
+        )
+    for name in graphs:
+        if name not in GRAPHS:
+            raise ConfigError(f"graph: unknown {name!r}; expected one of {', '.join(GRAPHS)}")
+    found = []
+    for name in graphs:
+        file = graph_file(bundle, TARGET, name)
+        wanted = _describe(bundle, builder, name, file)
+        held = [e for e in bundle.manifest.engines if e.key == wanted.key]
+        if held:
+            found.append(held[0])
+            continue
+        say(f"building {name}.onnx for {builder.device} with {builder.name} {builder.version}")
+        found.append(_build(bundle, builder, wanted, file))
+    return found
+
+
+def _describe(bundle: Bundle, builder: EngineBuilder, graph: str, file: GraphFile) -> Engine:
+    """The engine that a build would give, without what only the build says."""
+    made_from = hashlib.sha256(file.identity.encode()).hexdigest()
+    profile = {
+        name: {str(axis): range_ for axis, range_ in axes.items()}
+        for name, axes in profile_of(bundle.manifest, graph).items()
+    }
+    parts = [graph, made_from, builder.name, builder.version, builder.device, FLAGS, profile]
+    key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    stem = f"{FOLDER}/{builder.name}-{builder.version}-{builder.device}-{key[:SHOWN]}"
+    return Engine(
+        graph=graph,
+        backend=builder.name,
+        version=builder.version,
+        device=builder.device,
+        flags=FLAGS,
+        profile=profile,
+        made_from=made_from,
+        key=key,
+        path=f"{stem}.plan",
+        layers=f"{stem}.json",
+        weights_bytes=0,
+        build_s=0.0,
+    )
+
+
+def _build(bundle: Bundle, builder: EngineBuilder, wanted: Engine, file: GraphFile) -> Engine:
+    built = builder.build(file, profile_of(bundle.manifest, wanted.graph))
+    engine = wanted.model_copy(
+        update={"weights_bytes": built.weights_bytes, "build_s": built.build_s}
+    )
+    plan = bundle.staged(engine.path)
+    plan.write_bytes(built.plan)
+    bundle.staged(engine.layers).write_text(json.dumps(built.layers, indent=1) + "\n")
+    engine = engine.model_copy(update={"signature": sign(engine, hash_file(plan))})
+    kept: list[Engine] = []
+    stale: list[Engine] = []
+    for other in bundle.manifest.engines:
+        same = (other.graph, other.backend) == (engine.graph, engine.backend)
+        old = same and (other.made_from != engine.made_from or other.device == engine.device)
+        (stale if old else kept).append(other)
+    replaces = tuple(name for other in stale for name in (other.path, other.layers))
+    bundle.commit({"engines": (*kept, engine)}, replaces)
+    return engine
+
+
+def find_engine(bundle: Bundle, backend: str, graph: str, device: str = "") -> Engine:
+    """The engine of a graph, built of the graph that the bundle holds now.
+
+    `device` is such as sm89; without one, any engine of that backend.
+
+    Raises:
+        BundleError: there is none, or none for this device; says what builds it.
+    """
+    again = f"run: ditcast build {bundle.path} --backend {backend}"
+    made_from = hashlib.sha256(graph_file(bundle, TARGET, graph).identity.encode()).hexdigest()
+    engines = [e for e in bundle.manifest.engines if (e.graph, e.backend) == (graph, backend)]
+    if not engines:
+        raise BundleError(f"engine: {bundle.path} has none of {graph}.onnx for {backend}; {again}")
+    current = [engine for engine in engines if engine.made_from == made_from]
+    if not current:
+        raise BundleError(f"engine: that of {graph}.onnx is of an older graph; {again}")
+    fitting = [e for e in current if not device or device in e.device.split("+")]
+    if not fitting:
+        built = ", ".join(engine.device for engine in current)
+        raise BundleError(
+            f"engine: that of {graph}.onnx is for {built}, and this GPU is {device}; {again}"
+        )
+    return fitting[-1]
+
+
+def load_plan(bundle: Bundle, engine: Engine, version: str, *, trust: bool = False) -> bytes:
+    """A plan that may be run here.
+
+    Raises:
+        BundleError: it is of another version, is damaged, or was built by somebody else and is not
+            to be trusted.
+    """
+    if engine.version != version:
+        raise BundleError(
+            f"engine: {engine.path} is of {engine.backend} {engine.version}, and {version} is "
+            f"installed; run: ditcast build {bundle.path} --backend {engine.backend}"
+        )
+    bundle.check(engine.path)
+    if not trust:
+        check_signature(engine, bundle.manifest.files[engine.path])
+    return bundle.file(engine.path).read_bytes()
+
+
+def layers_of(bundle: Bundle, engine: Engine) -> list[EngineLayer]:
+    """What the builder said that it made of the graph.
+
+    Raises:
+        BundleError: the file is damaged.
+    """
+    bundle.check(engine.layers)
+    listed = json.loads(bundle.file(engine.layers).read_text())
+    return [EngineLayer.of(values) for values in listed]

@@ -1,0 +1,335 @@
+"""Sessions over engines, with a device that is made of host memory and computes with ONNX Runtime.
+
+What is real: the session, its buffers, their order and lifetimes, the search for engines, the
+checks before a plan is loaded. The fakes have the names that the real modules have, which is
+checked too.
+"""
+
+from __future__ import annotations
+
+import importlib
+import shutil
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+from numpy.typing import NDArray
+
+from ditcast.bundle import Bundle
+from ditcast.errors import BundleError, ConfigError, UnsupportedError
+from ditcast.manifest import Engine
+from ditcast.runtime import Pipeline
+from ditcast.runtime.backends import GraphFile, graph_file, make_backend
+from ditcast.runtime.backends import tensorrt_session as sessions
+from ditcast.runtime.backends.gpu import Gpu, find_gpu
+from ditcast.runtime.backends.tensorrt import EngineBuilder
+from ditcast.runtime.choice import check_backend
+from ditcast.runtime.engines import build_engines
+from ditcast.settings import Settings
+from tests.conftest import Cli
+
+trt = pytest.importorskip("tensorrt_rtx")
+pytestmark = pytest.mark.tensorrt
+TYPES = {"tensor(float)": trt.DataType.FLOAT, "tensor(int64)": trt.DataType.INT64}
+
+
+class FakeDevice:
+    """Host memory by address; an access outside an allocation, or to one given back, fails."""
+
+    stream = 7
+
+    def __init__(self) -> None:
+        self.memory: dict[int, NDArray[np.uint8]] = {}
+        self.next, self.waited = 1 << 20, True
+
+    def allocate(self, size: int) -> int:
+        assert size > 0
+        self.next += 1 << 30
+        self.memory[self.next] = np.zeros(size, np.uint8)
+        return self.next
+
+    def free(self, address: int) -> None:
+        assert self.waited  # a kernel could still use it
+        del self.memory[address]
+
+    def upload(self, array: NDArray[Any], address: int) -> None:
+        assert array.flags.c_contiguous
+        flat: NDArray[np.uint8] = np.frombuffer(array.tobytes(), np.uint8)
+        self.memory[address][: flat.size] = flat
+        self.waited = False
+
+    def download(self, address: int, array: NDArray[Any]) -> None:
+        array.view(np.uint8).reshape(-1)[:] = self.memory[address][: array.nbytes]
+        self.waited = False
+
+    def wait(self) -> None:
+        self.waited = True
+
+
+class FakeEngine:
+    """A graph in ONNX Runtime behind the interface of an engine; profiles are the bundle's."""
+
+    def __init__(self, path: Path, entry: Engine, device: FakeDevice) -> None:
+        self.session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        self.entry, self.device = entry, device
+        self.inputs = {x.name: x for x in self.session.get_inputs()}
+        self.tensors = self.inputs | {x.name: x for x in self.session.get_outputs()}
+        self.names: list[str] = list(self.tensors)
+        self.num_io_tensors = len(self.names)
+        self.fails = False
+
+    def get_tensor_name(self, i: int) -> str:
+        return self.names[i]
+
+    def get_tensor_mode(self, name: str) -> Any:
+        return trt.TensorIOMode.INPUT if name in self.inputs else trt.TensorIOMode.OUTPUT
+
+    def get_tensor_dtype(self, name: str) -> Any:
+        return TYPES[self.tensors[name].type]
+
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        return tuple(-1 if isinstance(n, str) else n for n in self.tensors[name].shape)
+
+    def get_tensor_profile_shape(self, name: str, index: int) -> list[tuple[int, ...]]:
+        assert index == 0
+        axes = self.entry.profile.get(name, {})
+        return [
+            tuple(axes[str(i)][k] if isinstance(n, str) else n for i, n in enumerate(shape))
+            for k, shape in enumerate([self.tensors[name].shape] * 3)
+        ]
+
+    def create_execution_context(self) -> FakeContext:
+        return FakeContext(self)
+
+
+class FakeContext:
+    """Computes on the device's memory when it is asked to."""
+
+    def __init__(self, engine: FakeEngine) -> None:
+        self.engine = engine
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.addresses: dict[str, int] = {}
+
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> None:
+        self.shapes[name] = shape
+
+    def set_tensor_address(self, name: str, address: int) -> None:
+        self.addresses[name] = address
+
+    def feeds(self) -> dict[str, NDArray[Any]]:
+        found = {}
+        for name, shape in self.shapes.items():
+            dtype = np.dtype(trt.nptype(self.engine.get_tensor_dtype(name)))
+            size = int(np.prod(shape)) * dtype.itemsize
+            held = self.engine.device.memory.get(self.addresses.get(name, 0))
+            raw = bytes(size) if held is None else held[:size].tobytes()
+            found[name] = np.frombuffer(raw, dtype).reshape(shape)
+        return found
+
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        rows = {"N": self.shapes.get("sample", (0,))[0], "R": self.shapes.get("ahead", (0,))[0]}
+        rows |= {"T": self.shapes.get("timesteps", (0,))[0], "n": self.shapes.get("noise", (0,))[0]}
+        rows["U"] = self.shapes.get("class_labels", (0,))[0]
+        return tuple(rows.get(n, n) for n in self.engine.tensors[name].shape)
+
+    def execute_async_v3(self, stream: int) -> bool:
+        assert stream == FakeDevice.stream
+        if self.engine.fails:
+            return False
+        outputs = [x.name for x in self.engine.session.get_outputs()]
+        found = self.engine.session.run(outputs, self.feeds())
+        for name, array in zip(outputs, found, strict=True):
+            self.engine.device.upload(np.ascontiguousarray(array), self.addresses[name])
+        return True
+
+
+@pytest.fixture(scope="module")
+def built(typed_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A bundle with its engines, signed by a key of its own."""
+    folder = tmp_path_factory.mktemp("built")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DITCAST_KEY", str(folder / "engine.key"))
+        shutil.copytree(typed_bundle.path, folder / "b")
+        build_engines(Bundle.open(folder / "b"), EngineBuilder("tensorrt-rtx", ("8.9",)))
+        yield Bundle.open(folder / "b")
+
+
+@pytest.fixture
+def gpu(built: Bundle, monkeypatch: pytest.MonkeyPatch) -> FakeDevice:
+    """A machine that has an Ada GPU, as far as the backend can see."""
+    device, plans = FakeDevice(), {}
+    for entry in built.manifest.engines:
+        plans[built.file(entry.path).read_bytes()] = entry
+
+    def deserialize(plan: bytes) -> FakeEngine:
+        entry = plans[plan]
+        return FakeEngine(built.graph("tensorrt", entry.graph), entry, device)
+
+    runtime = SimpleNamespace(deserialize_cuda_engine=deserialize)
+    monkeypatch.setattr(sessions, "find_gpu", lambda: Gpu("a GPU", "8.9", 1000))
+    monkeypatch.setattr(sessions, "CudaDevice", lambda: device)
+    monkeypatch.setattr(trt, "Runtime", lambda logger: runtime)
+    return device
+
+
+@pytest.mark.parametrize("loop", ["host", "graph"])
+def test_a_pipeline_over_engines(built: Bundle, gpu: FakeDevice, loop: Any) -> None:
+    """The samples of ONNX Runtime on the same graphs, batches of one and two."""
+    pipeline = Pipeline(built, backend="tensorrt-rtx")
+    wanted = Pipeline(built, target="tensorrt")
+    for labels in ([3], [1, 4], [2]):
+        found = pipeline.sample(labels, seed=2, loop=loop)
+        np.testing.assert_allclose(
+            found, wanted.sample(labels, seed=2, loop=loop), rtol=0, atol=1e-5
+        )
+    assert gpu.waited
+    assert pipeline.backend.facts()["compute_capability"] == "8.9"
+    session: Any = pipeline.session("full" if loop == "host" else "sampler")
+    session.close()
+
+
+def test_buffers_are_used_again_and_given_back(built: Bundle, gpu: FakeDevice) -> None:
+    session: Any = make_backend("tensorrt-rtx").session(graph_file(built, "tensorrt", "reuse"))
+    feeds = {
+        "sample": np.zeros((2, 3, 16, 16), np.float32),
+        "features": np.zeros((2, 896), np.float32),
+        "forecast": np.zeros((2, 16, 64), np.float32),
+    }
+    first = session.run(feeds, ["output"])["output"]
+    held = set(gpu.memory)
+    buffers = {"output": np.ones((2, 3, 16, 16), np.float32)}
+    session.run_into(feeds, buffers)
+    np.testing.assert_array_equal(buffers["output"], first)
+    assert set(gpu.memory) == held  # nothing was allocated
+    session.run({name: np.repeat(x, 2, axis=0) for name, x in feeds.items()}, ["output"])
+    assert len(gpu.memory) == len(held)  # larger ones in the place of those
+    session.close()
+    assert gpu.memory == {}
+
+
+def test_what_an_engine_does_not_take(built: Bundle, gpu: FakeDevice) -> None:
+    """More rows than its profile, no value, a buffer of another shape, a run that fails."""
+    del gpu
+    session: Any = make_backend("tensorrt-rtx").session(graph_file(built, "tensorrt", "reuse"))
+    rows = {"sample": (3, 16, 16), "features": (896,), "forecast": (16, 64)}
+
+    def feeds(n: int) -> dict[str, Any]:
+        return {name: np.zeros((n, *shape), np.float32) for name, shape in rows.items()}
+
+    message = r"reuse.onnx: got sample \[5, 3, 16, 16\], and its engine takes \[1, .* to \[4, 3"
+    with pytest.raises(ConfigError, match=message):
+        session.run(feeds(5), ["output"])
+    with pytest.raises(ConfigError, match="reuse.onnx: no value for its input features"):
+        session.run({"sample": feeds(1)["sample"]}, ["output"])
+    for buffer, message in (
+        (
+            np.zeros((1, 3, 16, 16), np.float32),
+            r"is float32 \[1, 3, 16, 16\], expected float32 \[2",
+        ),
+        (np.zeros((2, 3, 16, 32), np.float32)[..., ::2], "is not contiguous and writeable"),
+    ):
+        with pytest.raises(ConfigError, match=f"reuse.onnx: the buffer for output {message}"):
+            session.run_into(feeds(2), {"output": buffer})
+    session._engine.fails = True
+    with pytest.raises(BundleError, match="reuse.onnx: its engine fails; .*ditcast build"):
+        session.run(feeds(2), ["output"])
+
+
+def test_only_its_own_engines(built: Bundle, gpu: FakeDevice, monkeypatch: Any) -> None:
+    """Graphs of its target, of a bundle, signed or trusted, for this GPU."""
+    del gpu
+    backend = make_backend("tensorrt-rtx")
+    reuse = graph_file(built, "tensorrt", "reuse")
+    for graph in (graph_file(built, "reference", "full"), GraphFile(path=reuse.path)):
+        with pytest.raises(UnsupportedError, match="runs the engines of target tensorrt, got .*"):
+            backend.session(graph)
+    with pytest.raises(UnsupportedError, match="its nodes are not timed one by one; see ditcast"):
+        backend.profile(reuse, {}, 1)
+    assert backend.is_integer("INT8 gemm")
+    monkeypatch.setenv("DITCAST_KEY", str(built.path.parent / "other.key"))
+    with pytest.raises(BundleError, match="is not signed by this user's key"):
+        backend.session(reuse)
+    make_backend("tensorrt-rtx", Settings(trust_engines=True)).session(reuse)
+    monkeypatch.setattr(sessions, "find_gpu", lambda: Gpu("another GPU", "7.5", 1000))
+    with pytest.raises(BundleError, match="is for sm89, and this GPU is sm75; run: ditcast build"):
+        make_backend("tensorrt-rtx").session(reuse)
+
+
+def test_a_plan_that_the_library_refuses(
+    built: Bundle, gpu: FakeDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    del gpu
+    nothing = SimpleNamespace(deserialize_cuda_engine=lambda plan: None)
+    monkeypatch.setattr(trt, "Runtime", lambda logger: nothing)
+    backend, reuse = make_backend("tensorrt-rtx"), graph_file(built, "tensorrt", "reuse")
+    with pytest.raises(BundleError, match="cannot be loaded on a GPU; run: ditcast build"):
+        backend.session(reuse)
+
+
+def test_without_a_gpu(cli: Cli, built: Bundle, tmp_path: Path) -> None:
+    """One line; and no compile begins for engines, which have a command of their own."""
+    if find_gpu() is not None:
+        pytest.skip("this machine has a GPU")
+    output = tmp_path / "out.npy"
+    done = cli("sample", built.path, "-o", output, "--labels", 1, "--backend", "tensorrt-rtx")
+    assert done.code == 2
+    (line,) = done.err.splitlines()
+    assert "backend tensorrt-rtx: needs an NVIDIA GPU to run, and no driver or device" in line
+    with pytest.raises(ConfigError, match="backend: tensorrt runs engines, .*--target tensorrt, "):
+        check_backend("tensorrt", Settings())
+
+
+def test_the_names_are_those_of_the_library() -> None:
+    """What the fakes stand for."""
+    for fake, real in (
+        (FakeEngine, trt.ICudaEngine),
+        (FakeContext, trt.IExecutionContext),
+    ):
+        used = {n for n in vars(fake) if n.startswith(("get_", "set_", "create_", "execute_"))}
+        assert used
+        assert used <= set(dir(real))
+    assert {"num_io_tensors"} <= set(dir(trt.ICudaEngine))
+    assert {"deserialize_cuda_engine"} <= set(dir(trt.Runtime))
+
+
+@pytest.fixture
+def gpu_check(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The tool, which is in no package."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "tools"))
+    return importlib.import_module("gpu_check")
+
+
+def test_the_check_of_a_gpu(
+    built: Bundle, gpu: FakeDevice, gpu_check: Any, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """All that `tools/gpu_check.py` does once there is one."""
+    del gpu
+    rows = gpu_check.check(built, "tensorrt-rtx", runs=1, images=2)
+    assert [(row["loop"], row["cache"]) for row in rows] == [
+        ("host", "none"),
+        ("host", "fora"),
+        ("graph", "fora"),
+    ]
+    assert [row["full_steps"] for row in rows] == [6, 4, 4]
+    assert min(row["psnr_db"] for row in rows) > 60
+    assert rows[0]["step_psnr_db"] > 60
+    assert set(rows[0]["plan_bytes"]) == {"temporal", "full", "reuse", "sampler"}
+    gpu_check.report(rows)
+    assert "w8a8" in capfd.readouterr().out
+
+
+def test_the_check_without_a_gpu(
+    built: Bundle, gpu_check: Any, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    if find_gpu() is not None:
+        pytest.skip("this machine has a GPU")
+    monkeypatch.setattr(sys, "argv", ["gpu_check", str(built.path)])
+    with pytest.raises(SystemExit) as done:
+        gpu_check.main()
+    assert done.value.code == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith("gpu_check: error: backend tensorrt: needs an NVIDIA GPU to check a")
