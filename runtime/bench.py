@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 
 from ditcast.bundle import Bundle
 from ditcast.progress import counting, say
-from ditcast.runtime import images, machine
+from ditcast.runtime import fidelity, images, machine
 from ditcast.runtime.choice import open_backend
+from ditcast.runtime.fidelity import spread
 from ditcast.runtime.pipeline import Pipeline, Step
 from ditcast.schedule import SPACINGS
 from ditcast.settings import Settings
@@ -123,7 +124,9 @@ def bench(
         "backend": variants[0].pipeline.backend.facts(),
         "bundle": {
             "model": model.source,
+            "fingerprint": model.fingerprint,
             "digest": bundle.manifest.digest,
+            "content": bundle.content(row["target"] for row in rows),
             "recipe": recipe.model_dump(mode="json"),
             "random_weights": random_weights,
         },
@@ -135,6 +138,8 @@ def bench(
             "seed": seed,
         },
         "variants": rows,
+        "interaction": _interaction(variants),
+        "unpaired_psnr_db": fidelity.unpaired(np.concatenate(reference.samples)),
         "shown": {variant.name: np.concatenate(variant.samples)[:SHOWN] for variant in variants},
     }
 
@@ -182,12 +187,6 @@ def _fewer_steps(variants: list[Variant], batch: list[int], guidance: float, see
 def _row(variant: Variant, reference: Variant, bundle: Bundle) -> dict[str, Any]:
     """The figures of one variant; speed never without fidelity beside it."""
     made, wanted = (np.concatenate(v.samples) for v in (variant, reference))
-    if made.shape[1] == 3:
-        made, wanted = images.to_unit(made), images.to_unit(wanted)
-    else:  # latents: scaled by the reference's own range, so that PSNR keeps its meaning
-        low, span = wanted.min(), np.ptp(wanted)
-        made, wanted = (made - low) / span, (wanted - low) / span
-    similarity = images.ssim(made, wanted)
     ratios = np.asarray(reference.image_ms) / np.asarray(variant.image_ms)
     folder = f"graphs/{variant.pipeline.target}/"
     files = bundle.manifest.files
@@ -198,23 +197,31 @@ def _row(variant: Variant, reference: Variant, bundle: Bundle) -> dict[str, Any]
         "steps": variant.steps,
         "full_steps": variant.pipeline.plan(variant.steps, variant.cache).full_steps,
         "spacing": variant.spacing,
-        "image_ms": _spread(variant.image_ms),
-        "full_step_ms": _spread(variant.step_ms[True]),
-        "reuse_step_ms": _spread(variant.step_ms[False]),
-        "speedup": _spread(ratios),
-        "psnr_db": _spread(images.psnr_db(made, wanted)),
-        "ssim": None if similarity is None else _spread(similarity),
+        "image_ms": spread(variant.image_ms),
+        "full_step_ms": spread(variant.step_ms[True]),
+        "reuse_step_ms": spread(variant.step_ms[False]),
+        "speedup": spread(ratios),
+        **fidelity.figures(made, wanted),
         "samples": len(made),
         "size_bytes": sum(e.size for name, e in files.items() if name.startswith(folder)),
     }
 
 
-def _spread(values: Any) -> dict[str, float] | None:
-    """10th percentile, median, 90th percentile; None of nothing."""
-    if len(values) == 0:
+def _interaction(variants: list[Variant]) -> dict[str, Any] | None:
+    """What both gains together are above the product and the sum of each alone.
+
+    None where the bundle has not both. Speed-ups that have nothing to do with each other
+    multiply (1), and the squares of such errors add up (0 dB).
+    """
+    if len(variants) < 4:
         return None
-    found = np.percentile(np.asarray(values, np.float64), (10, 50, 90))
-    return dict(zip(("p10", "p50", "p90"), (float(f"{v:.5g}") for v in found), strict=True))
+    exact, quantized, cached, both = (np.asarray(v.image_ms) for v in variants[:4])
+    samples = [np.concatenate(v.samples) for v in variants[:4]]
+    return {
+        "speedup": spread((exact / both) / (exact / quantized * exact / cached)),
+        "psnr_db": spread(fidelity.interaction(*samples)),
+        "samples": len(samples[0]),
+    }
 
 
 def _peak_memory_mib(bundle: Bundle, variant: Variant, settings: Settings) -> float | None:
@@ -272,8 +279,8 @@ def summary(report: dict[str, Any]) -> list[list[str]]:
     return rows
 
 
-def _median(spread: dict[str, float] | None, form: str) -> str:
-    return "-" if spread is None else form.format(spread["p50"])
+def _median(found: dict[str, float] | None, form: str) -> str:
+    return "-" if found is None else form.format(found["p50"])
 
 
 def announce(report: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ from PIL import Image
 from ditcast.errors import ConfigError
 
 PSNR_CAP = 100.0
+WINDOW = 7  # pixels, of SSIM
 
 
 def to_unit(samples: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -73,11 +74,14 @@ def psnr_db(images: NDArray[np.float32], paired: NDArray[np.float32]) -> NDArray
 
 
 def ssim(images: NDArray[np.float32], paired: NDArray[np.float32]) -> NDArray[np.float64] | None:
-    """SSIM per image, window 7; None without the `report` extra."""
-    if importlib.util.find_spec("skimage") is None:
+    """SSIM per image, window 7; None without the `report` extra, and of what is smaller."""
+    if importlib.util.find_spec("skimage") is None or min(images.shape[2:]) < WINDOW:
         return None
     from skimage.metrics import structural_similarity
 
     pairs = zip(images, paired, strict=True)
-    found = [structural_similarity(a, b, channel_axis=0, data_range=1.0) for a, b in pairs]
+    found = [
+        structural_similarity(a, b, channel_axis=0, data_range=1.0, win_size=WINDOW)
+        for a, b in pairs
+    ]
     return np.asarray(found, np.float64)

@@ -12,6 +12,7 @@ import json
 import math
 import re
 import shlex
+import shutil
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,9 +23,9 @@ from ditcast.bundle import Bundle
 from ditcast.errors import MissingDependencyError, optional
 from ditcast.progress import say
 from ditcast.runtime import images
+from ditcast.runtime.kept import AUDIT, FIGURES
 from ditcast.runtime.verdict import Row, compared, count, gains, notes, pictured, verdict
 
-FIGURES = "reports/bench.json"
 PAGE = "reports/report.html"
 TEMPLATES = Path(__file__).parent / "templates"
 # Readable on white and on near-black; the page colours text itself.
@@ -41,6 +42,9 @@ def write_report(bundle: Bundle, report: dict[str, Any]) -> Path | None:
     """
     figures = {key: value for key, value in report.items() if key != "shown"}
     names = [FIGURES]
+    if AUDIT in bundle.manifest.reports:
+        names.append(AUDIT)
+        shutil.copyfile(bundle.file(AUDIT), bundle.staged(AUDIT))
     bundle.staged(FIGURES).write_text(json.dumps(figures, indent=1) + "\n")
     for variant, samples in pictured(report).items():
         names.append(picture_name(variant))

@@ -15,6 +15,7 @@ from rich.table import Table
 from ditcast import __version__
 from ditcast.bundle import Bundle
 from ditcast.cache.fitted import recipe_plan
+from ditcast.commands import COMMANDS
 from ditcast.errors import ConfigError, DitcastError, ParityError
 from ditcast.options import (
     BACKEND,
@@ -277,6 +278,10 @@ def inspect(bundle: Path, json_file: Path | None) -> None:
     Console(soft_wrap=True).print(table)
 
 
+for command in COMMANDS:
+    app.add_command(command)
+
+
 def _load(source: str) -> LoadedModel:
     """Load a model, or say which extra does."""
     from ditcast.errors import optional
@@ -327,9 +332,13 @@ def _audit(
     """Audit, say the verdict, and warn where integers may not pay."""
     from ditcast.runtime.audit import audit
     from ditcast.runtime.choice import open_backend
+    from ditcast.runtime.kept import keep_audit
 
-    found = audit(bundle, open_backend(backend, bundle, settings), loop)
+    runtime = open_backend(backend, bundle, settings)
+    found = audit(bundle, runtime, loop)
     _write_json(json_file, found.as_json())
+    if loop == "host":  # what the pipeline runs, which `gate` and `report` are about
+        keep_audit(bundle, runtime.target, found.as_json())
     warn_of_slow_integers(found)
     for line in audit_lines(found):
         click.echo(line)

@@ -9,78 +9,14 @@ import sys
 from html.parser import HTMLParser
 from typing import Any
 
-import numpy as np
 import pytest
 from PIL import Image
 
 from ditcast.bundle import Bundle
 from ditcast.runtime.report import write_report
+from tests.reports import NAMES, make_report, spread
 
 MAX_BYTES = 8_000_000
-NAMES = ("full precision", "w8a8", "cache", "w8a8 + cache", "3 steps")
-# name: target, cache, full steps, steps, ms per image, speed-up, PSNR
-ROWS: dict[str, tuple[str, str, int, int, float, float, float]] = {
-    "full precision": ("reference", "none", 6, 6, 41.7, 1.0, 100.0),
-    "w8a8": ("onnxruntime", "none", 6, 6, 53.3, 0.78, 45.2),
-    "cache": ("reference", "fora", 3, 6, 22.9, 1.82, 27.6),
-    "w8a8 + cache": ("onnxruntime", "fora", 3, 6, 18.4, 2.27, 26.1),
-    "3 steps": ("reference", "none", 3, 3, 19.6, 2.13, 21.3),
-}
-
-
-def spread(middle: float) -> dict[str, float]:
-    """A spread around a median."""
-    return {"p10": middle * 0.9, "p50": middle, "p90": middle * 1.1}
-
-
-def row(name: str) -> dict[str, Any]:
-    """The figures of one variant, as `bench` gives them."""
-    target, cache, full, steps, ms, speedup, psnr = ROWS[name]
-    return {
-        "name": name,
-        "target": target,
-        "cache": cache,
-        "steps": steps,
-        "full_steps": full,
-        "spacing": "trailing" if steps == 3 else None,
-        "image_ms": spread(ms),
-        "full_step_ms": spread(ms / full),
-        "reuse_step_ms": spread(0.7) if cache == "fora" else None,
-        "speedup": spread(speedup),
-        "psnr_db": spread(psnr),
-        "ssim": spread(0.876),
-        "samples": 160,
-        "size_bytes": (3 if target == "reference" else 1) << 20,
-        "peak_memory_mib": 234.5,
-    }
-
-
-def make_report(bundle: Bundle, *names: str, shape: tuple[int, ...] = (4, 3, 8, 8)) -> Any:
-    """A report of some variants with random samples."""
-    rng = np.random.default_rng(0)
-    model, recipe = bundle.manifest.model, bundle.manifest.recipe
-    return {
-        "machine": {
-            "cpu": "Test CPU",
-            "cpu_flags": ["avx2"],
-            "cores": 2,
-            "memory_gib": 8.0,
-            "system": "Linux x86_64",
-            "python": "3.11",
-            "versions": {"numpy": "2.0"},
-            "date": "2026-01-02",
-        },
-        "backend": {"backend": "onnxruntime", "threads": 2, "integer_mode": "u8 x s8"},
-        "bundle": {
-            "model": model.source,
-            "digest": bundle.manifest.digest,
-            "recipe": recipe.model_dump(mode="json"),
-            "random_weights": False,
-        },
-        "request": {"images": 160, "batch": 2, "steps": 6, "guidance": 2.0, "seed": 7},
-        "variants": [row(name) for name in names],
-        "shown": {name: rng.uniform(-1, 1, shape).astype(np.float32) for name in names},
-    }
 
 
 class Page(HTMLParser):

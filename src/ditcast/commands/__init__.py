@@ -1,0 +1,7 @@
+"""Commands of the command line that have a file each; `ditcast.cli` adds them to its own."""
+
+from __future__ import annotations
+
+from ditcast.commands.gate import gate
+
+COMMANDS = (gate,)
