@@ -21,10 +21,12 @@ from ditcast.runtime import fidelity, images, machine
 from ditcast.runtime.choice import open_backend
 from ditcast.runtime.fidelity import spread
 from ditcast.runtime.pipeline import Pipeline, Step
+from ditcast.runtime.steps import describe
 from ditcast.schedule import SPACINGS
 from ditcast.settings import Settings
 
 SHOWN = 16  # images of each variant that the report shows
+FOLLOWED = 4  # samples of a batch that are compared after every step
 
 
 @dataclass
@@ -39,9 +41,11 @@ class Variant:
     image_ms: list[float] = field(default_factory=list)  # per round
     step_ms: dict[bool, list[float]] = field(default_factory=lambda: defaultdict(list))
     samples: list[NDArray[np.float32]] = field(default_factory=list)
+    path: list[NDArray[np.float32]] = field(default_factory=list)  # of the first few, per step
 
     def run(self, labels: list[int], seed: int, first: int, guidance: float) -> None:
         """Sample one batch and keep its time and its images."""
+        self.path.clear()
         self.samples.append(self.timed(labels, seed, first, guidance))
 
     def timed(
@@ -55,7 +59,8 @@ class Variant:
             now = time.perf_counter_ns()
             if step.index:  # the first step's time holds the temporal features
                 self.step_ms[step.full].append((now - last) / 1e6)
-            last = now
+            self.path.append(step.sample[:FOLLOWED].copy())
+            last = time.perf_counter_ns()
 
         found = self.pipeline.sample(
             labels,
@@ -139,6 +144,8 @@ def bench(
         },
         "variants": rows,
         "interaction": _interaction(variants),
+        "steps": _steps(variants, steps),
+        "pictures": _pictures(variants),
         "unpaired_psnr_db": fidelity.unpaired(np.concatenate(reference.samples)),
         "shown": {variant.name: np.concatenate(variant.samples)[:SHOWN] for variant in variants},
     }
@@ -205,6 +212,22 @@ def _row(variant: Variant, reference: Variant, bundle: Bundle) -> dict[str, Any]
         "samples": len(made),
         "size_bytes": sum(e.size for name, e in files.items() if name.startswith(folder)),
     }
+
+
+def _steps(variants: list[Variant], steps: int) -> dict[str, Any]:
+    """What happens at each timestep of the last batch, in what the bundle runs."""
+    exact = (variants[0].pipeline.target, variants[0].cache)
+    same = [v for v in variants if v.steps == steps and v.spacing is None]
+    paths = {variant.name: np.stack(variant.path) for variant in same}
+    made = [v for v in same if (v.pipeline.target, v.cache) != exact] or variants[:1]
+    return describe(made[-1].pipeline, made[-1].cache, steps, paths)
+
+
+def _pictures(variants: list[Variant]) -> dict[str, int] | None:
+    """How many pictures of each variant are kept, and their size; None of latents."""
+    shown = np.concatenate(variants[0].samples)[:SHOWN]
+    count, channels, height, width = shown.shape
+    return {"count": count, "height": height, "width": width} if channels == 3 else None
 
 
 def _interaction(variants: list[Variant]) -> dict[str, Any] | None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ditcast.bundle import Bundle
 from ditcast.errors import BundleError, ConfigError
@@ -85,6 +85,17 @@ class _Both(_Part):
     samples: int
 
 
+class _Steps(_Part):
+    timesteps: list[int]
+    slots: list[str]
+    plan: list[Annotated[str, Field(pattern="^[frph]+$")]] | None
+    closeness_db: dict[str, list[float]]
+    forecast_error: list[list[float]] | None
+    reuse_error: list[list[float]] | None
+    ranges: dict[str, list[float]]
+    selection: list[str] | None
+
+
 class _Figures(_Part):
     machine: _Machine
     backend: _Backend
@@ -92,6 +103,8 @@ class _Figures(_Part):
     request: _Request
     variants: list[_Row]
     interaction: _Both | None
+    steps: _Steps
+    pictures: dict[str, int] | None
     unpaired_psnr_db: _Spread | None
 
 
@@ -130,6 +143,21 @@ def figures(bundle: Bundle) -> Values:
     return _read(bundle.file(FIGURES), _Figures, f"measure again with: {renew}")
 
 
+def current(bundle: Bundle) -> Values:
+    """What `bench` measured last, of the graphs that are there.
+
+    Raises:
+        BundleError: it has measured nothing, or other graphs.
+    """
+    found = figures(bundle)
+    if is_stale(bundle, found):
+        raise BundleError(
+            f"bundle: {bundle.path} has changed since {FIGURES} was measured; "
+            f"measure again with: ditcast bench {bundle.path}"
+        )
+    return found
+
+
 def audit(bundle: Bundle) -> Values | None:
     """What `audit` found last; None where it has not run.
 
@@ -150,7 +178,7 @@ def load(path: Path) -> Values:
         ConfigError: there is no such file or bundle.
     """
     if path.is_dir():
-        return figures(Bundle.open(path))
+        return current(Bundle.open(path))
     if not path.is_file():
         raise ConfigError(
             f"report: no file {path}; give a bundle, or what ditcast bench --json FILE wrote"

@@ -55,6 +55,23 @@ def row(name: str) -> dict[str, Any]:
     }
 
 
+def steps(names: tuple[str, ...]) -> dict[str, Any]:
+    """What happens in six steps of four slots; the noise guard has held one forecast back."""
+    cached = "cache" in " ".join(names)
+    slots = [f"blocks.{i}.{part}" for i in range(2) for part in ("attn", "mlp")]
+    errors = [[0.1 * step for step in range(6)]] * 4
+    return {
+        "timesteps": [999, 832, 666, 500, 333, 166],
+        "slots": slots,
+        "plan": ["frfpfp", "frfpfp", "frfhfp", "frfpfp"] if cached else None,
+        "closeness_db": {name: [60.0, 50, 40, 38, 35, 30] for name in names[1:4]},
+        "forecast_error": errors if cached else None,
+        "reuse_error": errors if cached else None,
+        "ranges": {"blocks.0.attn.qkv": [0.1, 0.2, 0.2, 0.3, 0.4, 0.5]} if cached else {},
+        "selection": None,
+    }
+
+
 def make_report(bundle: Bundle, *names: str, shape: tuple[int, ...] = (4, 3, 8, 8)) -> Any:
     """A report of some variants with random samples."""
     rng = np.random.default_rng(0)
@@ -85,6 +102,10 @@ def make_report(bundle: Bundle, *names: str, shape: tuple[int, ...] = (4, 3, 8, 
         "variants": rows,
         "interaction": both if {"w8a8", "cache", "w8a8 + cache"} <= set(names) else None,
         "unpaired_psnr_db": spread(8.0),
+        "steps": steps(names),
+        "pictures": None
+        if shape[1] != 3
+        else {"count": shape[0], "height": shape[2], "width": shape[3]},
         "shown": {name: rng.uniform(-1, 1, shape).astype(np.float32) for name in names},
     }
 

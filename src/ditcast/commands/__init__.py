@@ -3,5 +3,6 @@
 from __future__ import annotations
 
 from ditcast.commands.gate import gate
+from ditcast.commands.report import report
 
-COMMANDS = (gate,)
+COMMANDS = (gate, report)
