@@ -107,9 +107,7 @@ def bench(
     settings = settings or Settings()
     steps = recipe.steps if steps is None else steps
     variants = _variants(bundle, backend, settings, steps)
-    pool = bundle.manifest.stored_labels() or range(model.num_classes)
-    labels = [pool[i % len(pool)] for i in range(count)]
-    batches = [labels[i : i + recipe.batch] for i in range(0, count, recipe.batch)]
+    batches = _batches(bundle, count)
     for variant in variants:
         variant.warm_up(batches[0], recipe.guidance)
     random_weights = model.source.startswith("random:")
@@ -120,10 +118,11 @@ def bench(
             for variant in variants:
                 variant.run(batch, seed, i * recipe.batch, recipe.guidance)
                 advance()
-    reference = variants[0]
-    rows = [_row(variant, reference, bundle) for variant in variants]
-    for row, variant in zip(rows, variants, strict=True):
-        row["peak_memory_mib"] = _peak_memory_mib(bundle, variant, settings)
+    rows = [
+        _row(variant, variants[0], bundle)
+        | {"peak_memory_mib": _peak_memory_mib(bundle, variant, settings)}
+        for variant in variants
+    ]
     return {
         "machine": machine.describe(),
         "backend": variants[0].pipeline.backend.facts(),
@@ -146,9 +145,17 @@ def bench(
         "interaction": _interaction(variants),
         "steps": _steps(variants, steps),
         "pictures": _pictures(variants),
-        "unpaired_psnr_db": fidelity.unpaired(np.concatenate(reference.samples)),
+        "cost": {},
+        "unpaired_psnr_db": fidelity.unpaired(np.concatenate(variants[0].samples)),
         "shown": {variant.name: np.concatenate(variant.samples)[:SHOWN] for variant in variants},
     }
+
+
+def _batches(bundle: Bundle, count: int) -> list[list[int]]:
+    """Labels of `count` images, classes in turn, in batches of the recipe's size."""
+    pool = bundle.manifest.stored_labels() or range(bundle.manifest.model.num_classes)
+    labels, size = [pool[i % len(pool)] for i in range(count)], bundle.manifest.recipe.batch
+    return [labels[i : i + size] for i in range(0, count, size)]
 
 
 def _variants(bundle: Bundle, backend: str, settings: Settings, steps: int) -> list[Variant]:

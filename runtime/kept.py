@@ -96,6 +96,11 @@ class _Steps(_Part):
     selection: list[str] | None
 
 
+class _Stage(_Part):
+    seconds: float
+    peak_memory_mib: float
+
+
 class _Figures(_Part):
     machine: _Machine
     backend: _Backend
@@ -105,6 +110,7 @@ class _Figures(_Part):
     interaction: _Both | None
     steps: _Steps
     pictures: dict[str, int] | None
+    cost: dict[str, _Stage]
     unpaired_psnr_db: _Spread | None
 
 
@@ -184,6 +190,17 @@ def load(path: Path) -> Values:
             f"report: no file {path}; give a bundle, or what ditcast bench --json FILE wrote"
         )
     return _read(path, _Figures, "write one with: ditcast bench BUNDLE --json FILE")
+
+
+def known_cost(bundle: Bundle) -> Values:
+    """What the stages cost by the last figures, if these are of the same graphs; else nothing."""
+    if FIGURES not in bundle.manifest.reports:
+        return {}
+    try:
+        found: Values = current(bundle)["cost"]
+    except BundleError:  # of other graphs, or another version: what those cost is not known
+        return {}
+    return found
 
 
 def keep_audit(bundle: Bundle, target: str, values: Values) -> None:

@@ -19,6 +19,7 @@ from ditcast.runtime.verdict import gains
 
 PICTURE_BYTES = 2_000_000  # before base64; with plotly.js the page stays below 8 MB
 STRIP_WIDTH = 200  # CSS pixels, about
+REST = "everything else"
 COLUMNS = 2  # of pictures in a strip
 
 Values = dict[str, Any]
@@ -81,10 +82,11 @@ def audited(audit: Values) -> Values:
         runs = "integer" if layer["integer"] else "float"
         times[layer["kernel"], f"{layer['precision']} layer, {runs}"].append(layer["latency_ms"])
     for kernel, ms in audit["other_ms"].items():
-        times[kernel, "everything else"].append(ms)
+        times[kernel, REST].append(ms)
     total = sum(map(sum, times.values())) or 1.0
     kernels = [
-        {"kernel": kernel, "what": what, "count": len(ms), "ms": sum(ms), "share": sum(ms) / total}
+        {"kernel": kernel, "what": what, "ms": sum(ms), "share": sum(ms) / total}
+        | {"layers": len(ms) if what != REST else 0}
         for (kernel, what), ms in times.items()
     ]
     layers = [

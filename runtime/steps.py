@@ -11,11 +11,10 @@ from ditcast import tensors
 from ditcast.bundle import Bundle
 from ditcast.cache import StepPlan
 from ditcast.cache.fitted import Fitted, recipe_plan
+from ditcast.runtime.images import PSNR_CAP
 from ditcast.runtime.pipeline import Pipeline
 
 FULL, REUSED, FORECAST, HELD = "f", "r", "p", "h"  # computed, reused, predicted, held back
-MARGIN_DB = 150.0  # of samples that are equal
-
 Samples = NDArray[np.float32]
 
 
@@ -64,11 +63,11 @@ def kinds(plan: StepPlan, asked: StepPlan) -> list[str]:
 
 
 def closeness_db(path: Samples, wanted: Samples) -> NDArray[np.float64]:
-    """PSNR of the samples after each step, over the range of those wanted, (T,)."""
+    """PSNR of the samples after each step, over the range of those wanted, (T,); at most 100."""
     axes = (1, 2, 3, 4)
     error = np.square(path.astype(np.float64) - wanted).mean(axis=axes)
     span = np.square(wanted.max(axis=axes).astype(np.float64) - wanted.min(axis=axes))
-    found: NDArray[np.float64] = -10 * np.log10(np.maximum(error / span, 10 ** (-MARGIN_DB / 10)))
+    found: NDArray[np.float64] = -10 * np.log10(np.maximum(error / span, 10 ** (-PSNR_CAP / 10)))
     return found
 
 

@@ -145,8 +145,11 @@ def interaction(report: dict[str, Any]) -> str:
     speed, fidelity = _median(both["speedup"]), _median(both["psnr_db"])
     if speed is None or fidelity is None:
         return ""
-    faster = "as fast as" if abs(speed - 1) < 0.02 else f"{speed:.2f} times as fast as"
-    text = f"Both together are {faster} the product of the two speed-ups"
+    within = both["speedup"]["p10"] <= 1 <= both["speedup"]["p90"]
+    product = "the product of the two speed-ups"
+    text = f"Both together are {speed:.2f} times as fast as {product}"
+    if within:
+        text = f"Both together are as fast as {product}, within the spread"
     if report["bundle"]["random_weights"]:
         return f"{text}."
     if abs(fidelity) < 0.5:

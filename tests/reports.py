@@ -102,6 +102,7 @@ def make_report(bundle: Bundle, *names: str, shape: tuple[int, ...] = (4, 3, 8, 
         "variants": rows,
         "interaction": both if {"w8a8", "cache", "w8a8 + cache"} <= set(names) else None,
         "unpaired_psnr_db": spread(8.0),
+        "cost": {"calibrate": {"seconds": 93.1, "peak_memory_mib": 1024.0}},
         "steps": steps(names),
         "pictures": None
         if shape[1] != 3

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import click
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from ditcast import __version__
 from ditcast.bundle import Bundle
@@ -31,13 +27,13 @@ from ditcast.options import (
     parse_labels,
     recipe_options,
     runtime_options,
+    write_json,
 )
 from ditcast.recipe import load as load_recipe
 from ditcast.settings import Settings
 from ditcast.tables import (
     audit_lines,
     audit_rows,
-    bundle_rows,
     show,
     warn_of_idle_cache,
     warn_of_slow_integers,
@@ -77,12 +73,16 @@ def compile_command(
     **flags: Any,
 ) -> None:
     """All of it: calibrate, export, audit, bench. Resumes where an earlier run stopped."""
+    from ditcast.commands.cost import Cost
     from ditcast.runtime.choice import check_backend
 
     check_backend(backend, settings)  # what is wrong should be said before the long work
     bundle, loaded = _start(model, output, recipe_file, flags, strict)
+    cost = Cost(bundle)
     _calibrate(bundle, loaded)
+    cost.stage("calibrate")
     _export(bundle, loaded, targets, backend)
+    cost.stage("export")
     del loaded  # a large model and its graphs do not fit in memory together
     passed = _audit(bundle, backend, settings, "host").passed
     _bench(
@@ -93,6 +93,7 @@ def compile_command(
         steps=None,
         seed=None,
         json_file=json_file,
+        cost=cost.found,
     )
     if not passed:
         raise click.exceptions.Exit(1)
@@ -204,7 +205,7 @@ def sample(
     figures = {"images": len(numbers), "seconds": round(seconds, 3)}
     figures |= {"full_steps": plan.full_steps, "reuse_steps": len(plan.full) - plan.full_steps}
     memory = {"peak_memory_mib": round(machine.peak_memory_mib(), 1)}
-    _write_json(json_file, figures | memory | pipeline.backend.facts())
+    write_json(json_file, figures | memory | pipeline.backend.facts())
     click.echo(f"{output}: {len(numbers)} images in {seconds:.1f} s")
 
 
@@ -254,28 +255,6 @@ def audit(
     show(audit_rows(found), right=3)
     if not found.passed:
         raise click.exceptions.Exit(1)
-
-
-@app.command()
-@BUNDLE
-def verify(bundle: Path) -> None:
-    """Hash every file of a bundle."""
-    count = Bundle.open(bundle).verify()
-    click.echo(f"{bundle}: {count} files verified")
-
-
-@app.command()
-@BUNDLE
-@JSON
-def inspect(bundle: Path, json_file: Path | None) -> None:
-    """Show what a bundle holds."""
-    manifest = Bundle.open(bundle).manifest
-    _write_json(json_file, manifest.model_dump(mode="json"))
-    table = Table(show_header=False, box=None)
-    for key, value in bundle_rows(manifest).items():
-        if value:
-            table.add_row(key, escape(value))
-    Console(soft_wrap=True).print(table)
 
 
 for command in COMMANDS:
@@ -336,7 +315,7 @@ def _audit(
 
     runtime = open_backend(backend, bundle, settings)
     found = audit(bundle, runtime, loop)
-    _write_json(json_file, found.as_json())
+    write_json(json_file, found.as_json())
     if loop == "host":  # what the pipeline runs, which `gate` and `report` are about
         keep_audit(bundle, runtime.target, found.as_json())
     warn_of_slow_integers(found)
@@ -354,9 +333,11 @@ def _bench(
     steps: int | None,
     seed: int | None,
     json_file: Path | None,
+    cost: dict[str, Any] | None = None,
 ) -> None:
     """Measure, print the table, and put JSON, pictures and page into the bundle."""
     from ditcast.runtime.bench import announce, bench, summary
+    from ditcast.runtime.kept import known_cost
     from ditcast.runtime.report import write_report
 
     manifest = bundle.manifest
@@ -364,17 +345,13 @@ def _bench(
     if seed is None:  # not the noise that the scales were found on
         seed = manifest.recipe.seed + 1
     report = bench(bundle, backend=backend, settings=settings, count=count, steps=steps, seed=seed)
+    report["cost"] = cost or known_cost(bundle)
     announce(report)
     show(summary(report), right=1)
-    _write_json(json_file, {key: value for key, value in report.items() if key != "shown"})
+    write_json(json_file, {key: value for key, value in report.items() if key != "shown"})
     page = write_report(bundle, report)
     if page is not None:
         click.echo(f"report: {page}")
-
-
-def _write_json(path: Path | None, values: dict[str, Any]) -> None:
-    if path is not None:
-        path.write_text(json.dumps(values, indent=1) + "\n")
 
 
 def main() -> None:

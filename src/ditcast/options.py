@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast, get_args, get_origin
@@ -56,6 +57,12 @@ def writable(context: click.Context, option: click.Parameter, path: Path | None)
         name = (option.name or "output").removesuffix("_file")
         raise ConfigError(f"{name}: no folder {path.parent}; create it first")
     return path
+
+
+def write_json(path: Path | None, values: dict[str, Any]) -> None:
+    """Write what `--json` asked for."""
+    if path is not None:
+        path.write_text(json.dumps(values, indent=1) + "\n")
 
 
 JSON = click.option(

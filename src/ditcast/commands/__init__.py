@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ditcast.commands.gate import gate
+from ditcast.commands.inspect import inspect, verify
 from ditcast.commands.report import report
 
-COMMANDS = (gate, report)
+COMMANDS = (gate, inspect, report, verify)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 import click
 
 from ditcast.errors import ConfigError
-from ditcast.options import BUNDLE, JSON, F, writable
+from ditcast.options import BUNDLE, JSON, F, writable, write_json
 from ditcast.progress import say
 
 
@@ -103,9 +102,8 @@ def gate(
     if summary_file is not None:
         with summary_file.open("a") as file:
             file.write(markdown(bundle.name, checks, figures))
-    if json_file is not None:
-        values = {"passed": all(c.passed for c in checks), "checks": [c._asdict() for c in checks]}
-        json_file.write_text(json.dumps(values, indent=1) + "\n")
+    passed = all(check.passed for check in checks)
+    write_json(json_file, {"passed": passed, "checks": [check._asdict() for check in checks]})
     samples = figures["variants"][0]["samples"]
     if samples < ENOUGH_SAMPLES:
         measured = f"medians over {count(samples, 'sample')}"
