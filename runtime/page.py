@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -12,7 +13,7 @@ from ditcast.errors import optional
 from ditcast.runtime import charts, sections
 from ditcast.runtime.charts import COLOURS
 from ditcast.runtime.images import Pixels
-from ditcast.runtime.verdict import compared, gains, interaction, notes, verdict
+from ditcast.runtime.verdict import Row, compared, gains, interaction, notes, verdict
 
 TEMPLATES = Path(__file__).parent / "templates"
 PLOTS = ("speed", "closeness", "plan", "forecast", "ranges")
@@ -57,6 +58,49 @@ def render(
         audit_note=audit_note,
         facts=sections.facts(bundle, figures),
         command=sections.command(bundle, figures),
+    )
+    return str(text)
+
+
+def render_comparison(
+    *,
+    entries: Sequence[Any],
+    best: list[Row],
+    pictured: list[tuple[Row, Pixels]],
+    colours: dict[str, str],
+    **words: Any,
+) -> str:
+    """The page of several reports as text.
+
+    `entries` have a title and figures. `best` are the rows of what each bundle runs, called as
+    the entries are, and `pictured` those with pictures, full precision's first; it may be empty.
+
+    Raises:
+        MissingDependencyError: the `report` extra is not installed.
+    """
+    jinja2, plotly = optional("jinja2", "report"), optional("plotly.io", "report")
+    groups = [(entry.title, entry.figures["variants"]) for entry in entries]
+    own = [colours[entry.title] for entry in entries]
+    chart = charts.speed_fidelity(groups, own)
+    shown = {"variants": [row for row, _ in pictured]}
+    text = _template(jinja2, "compare.html.j2").render(
+        entries=[
+            {
+                "title": entry.title,
+                "figures": entry.figures,
+                "colour": colours[entry.title],
+                "colours": {
+                    row["name"]: COLOURS[i % len(COLOURS)]
+                    for i, row in enumerate(entry.figures["variants"])
+                },
+            }
+            for entry in entries
+        ],
+        best=best,
+        colours=colours,
+        strips=sections.strips(shown, {row["name"]: pictures for row, pictures in pictured}),
+        chart=charts.html(chart, "plot-speed", plotly, first=True) if chart["data"] else "",
+        **words,
     )
     return str(text)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from html.parser import HTMLParser
 from typing import Any
 
 import numpy as np
@@ -201,3 +202,27 @@ def with_samples(
             entry |= fidelity.figures(made, wanted) | {"samples": len(made)}
     report["unpaired_psnr_db"] = fidelity.unpaired(wanted)
     return report
+
+
+class Page(HTMLParser):
+    """A parsed page: what it shows outside of scripts and styles, and what it would load."""
+
+    def __init__(self, text: str) -> None:
+        """Parse the text of a page."""
+        super().__init__()
+        self.source = text
+        self.tags: list[str] = []
+        self.loads: list[str] = []
+        self._shown: list[str] = []
+        self.feed(text)
+        self.text = " ".join(" ".join(self._shown).split())
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        """Keep the tag and the addresses in it."""
+        self.tags.append(tag)
+        self.loads += [value or "" for key, value in attrs if key in ("src", "href", "srcset")]
+
+    def handle_data(self, data: str) -> None:
+        """Keep text that is shown."""
+        if self.tags and self.cdata_elem is None:
+            self._shown.append(data)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from ditcast.runtime import kept
+from ditcast.runtime.compare import read, render
 from ditcast.runtime.report import PAGE, write_report
 from tests import bundles, reports
 from tests.reports import NAMES, audited, blurred, make_report, pictures
@@ -205,20 +206,42 @@ def test_the_command_can_be_copied(visit: Visit) -> None:
     assert selected == "ditcast bench a.bundle --images 160 --seed 7 --steps 6"
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_accessibility(browser: Browser, written: Path, scheme: str) -> None:
-    """No finding of axe-core that is serious or critical."""
+def serious(page: Page) -> list[Any]:
+    """The findings of axe-core that are serious or critical."""
     axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe is missing")
-    visit = Visit(browser, written, SIZES[0], color_scheme=scheme)
-    visit.page.locator("summary").click()
-    found = axe.Axe().run(visit.page).response["violations"]
-    visit.page.close()
-    serious = [
+    return [
         (finding["id"], [node["html"][:200] for node in finding["nodes"]])
-        for finding in found
+        for finding in axe.Axe().run(page).response["violations"]
         if finding["impact"] in ("serious", "critical")
     ]
-    assert serious == []
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_accessibility(browser: Browser, written: Path, scheme: str) -> None:
+    """In both colour schemes, with everything folded out."""
+    visit = Visit(browser, written, SIZES[0], color_scheme=scheme)
+    visit.page.locator("summary").click()
+    assert serious(visit.page) == []
+    visit.page.close()
+
+
+@pytest.mark.parametrize("size", SIZES, ids=["wide", "narrow"])
+def test_a_comparison(
+    browser: Browser, written: Path, tmp_path: Path, size: tuple[int, int]
+) -> None:
+    """Its plot is drawn, its pictures are seen, nothing is too wide, and it is accessible."""
+    paths = [written.parent.parent, tmp_path / "b.bundle"]
+    shutil.copytree(paths[0], paths[1])
+    path = tmp_path / "page.html"
+    path.write_text(render(read(paths), paths))
+    visit = Visit(browser, path, size)
+    assert visit.complaints == []
+    assert visit.page.locator("#plot-speed .point").count() == 2 * (len(NAMES) - 1)
+    assert look(visit.page)["reds"] > 50
+    assert "right: a.bundle." in said(visit.page)
+    test_nothing_is_wider_than_the_page(visit)
+    assert serious(visit.page) == []
+    visit.page.close()
 
 
 def test_without_scripts(browser: Browser, written: Path) -> None:

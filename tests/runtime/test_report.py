@@ -7,7 +7,6 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -18,33 +17,9 @@ from ditcast.bundle import Bundle
 from ditcast.runtime import kept
 from ditcast.runtime.report import PAGE, write_report
 from tests.conftest import Cli
-from tests.reports import NAMES, audited, make_report, spread
+from tests.reports import NAMES, Page, audited, make_report, spread
 
 MAX_BYTES = 8_000_000
-
-
-class Page(HTMLParser):
-    """A parsed page: what it shows outside of scripts and styles, and what it would load."""
-
-    def __init__(self, text: str) -> None:
-        """Parse the text of a page."""
-        super().__init__()
-        self.source = text
-        self.tags: list[str] = []
-        self.loads: list[str] = []
-        self._shown: list[str] = []
-        self.feed(text)
-        self.text = " ".join(" ".join(self._shown).split())
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        """Keep the tag and the addresses in it."""
-        self.tags.append(tag)
-        self.loads += [value or "" for key, value in attrs if key in ("src", "href", "srcset")]
-
-    def handle_data(self, data: str) -> None:
-        """Keep text that is shown."""
-        if self.tags and self.cdata_elem is None:
-            self._shown.append(data)
 
 
 def render(bundle: Bundle, report: dict[str, Any]) -> Page:

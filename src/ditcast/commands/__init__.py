@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from ditcast.commands.compare import compare
 from ditcast.commands.gate import gate
 from ditcast.commands.inspect import inspect, verify
 from ditcast.commands.report import report
 
-COMMANDS = (gate, inspect, report, verify)
+COMMANDS = (compare, gate, inspect, report, verify)
