@@ -326,6 +326,9 @@ def test_help_and_version(cli: Cli) -> None:
         "audit",
         "verify",
         "inspect",
+        "report",
+        "gate",
+        "compare",
     ):
         assert f"\n  {command} " in done.out
 
