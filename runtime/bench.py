@@ -41,7 +41,8 @@ class Variant:
     image_ms: list[float] = field(default_factory=list)  # per round
     step_ms: dict[bool, list[float]] = field(default_factory=lambda: defaultdict(list))
     samples: list[NDArray[np.float32]] = field(default_factory=list)
-    path: list[NDArray[np.float32]] = field(default_factory=list)  # of the first few, per step
+    # Of the last batch, per step: whether it was full, and the first few samples.
+    path: list[tuple[bool, NDArray[np.float32]]] = field(default_factory=list)
 
     def run(self, labels: list[int], seed: int, first: int, guidance: float) -> None:
         """Sample one batch and keep its time and its images."""
@@ -59,7 +60,7 @@ class Variant:
             now = time.perf_counter_ns()
             if step.index:  # the first step's time holds the temporal features
                 self.step_ms[step.full].append((now - last) / 1e6)
-            self.path.append(step.sample[:FOLLOWED].copy())
+            self.path.append((step.full, step.sample[:FOLLOWED].copy()))
             last = time.perf_counter_ns()
 
         found = self.pipeline.sample(
@@ -225,9 +226,10 @@ def _steps(variants: list[Variant], steps: int) -> dict[str, Any]:
     """What happens at each timestep of the last batch, in what the bundle runs."""
     exact = (variants[0].pipeline.target, variants[0].cache)
     same = [v for v in variants if v.steps == steps and v.spacing is None]
-    paths = {variant.name: np.stack(variant.path) for variant in same}
+    paths = {v.name: np.stack([sample for _, sample in v.path]) for v in same}
     made = [v for v in same if (v.pipeline.target, v.cache) != exact] or variants[:1]
-    return describe(made[-1].pipeline, made[-1].cache, steps, paths)
+    full = np.array([full for full, _ in made[-1].path])
+    return describe(made[-1].pipeline, made[-1].cache, full, paths)
 
 
 def _pictures(variants: list[Variant]) -> dict[str, int] | None:

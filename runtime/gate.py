@@ -139,7 +139,7 @@ def _idle(rows: list[Row]) -> Iterator[Check]:
         if row["cache"] == "none":
             continue
         reused = row["reuse_step_ms"] is not None and row["full_steps"] < row["steps"]
-        line = f"{row['name']}: {row['full_steps']} of {row['steps']} steps were full"
+        line = f"{row['name']}: {row['full_steps']:g} of {row['steps']} steps were full"
         if not reused:
             line += f", so cache {row['cache']} never triggers"
         yield Check(f"cache of {row['name']}", reused, line)

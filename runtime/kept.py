@@ -35,7 +35,7 @@ class _Row(_Part):
     target: str
     cache: str
     steps: int
-    full_steps: int
+    full_steps: float  # the mean of all batches, where a policy decides on the way
     spacing: str | None
     image_ms: _Spread | None
     full_step_ms: _Spread | None

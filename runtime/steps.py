@@ -19,14 +19,15 @@ Samples = NDArray[np.float32]
 
 
 def describe(
-    pipeline: Pipeline, cache: str, steps: int, paths: dict[str, Samples]
+    pipeline: Pipeline, cache: str, full: NDArray[np.bool_], paths: dict[str, Samples]
 ) -> dict[str, Any]:
     """Everything that has a value per timestep, as plain values.
 
-    `pipeline` is what the bundle runs. `paths` are the samples (T, n, C, H, W) after each step of
-    the variants with that many steps, full precision's first.
+    `pipeline` is what the bundle runs, and `full` (T,) says which steps were. `paths` are the
+    samples (T, n, C, H, W) after each step of the variants with that many steps, full precision's
+    first.
     """
-    bundle = pipeline.bundle
+    bundle, steps = pipeline.bundle, len(full)
     timesteps = pipeline.schedule.timesteps(steps)
     wanted, *made = paths.values()
     errors = {
@@ -40,7 +41,7 @@ def describe(
     return {
         "timesteps": timesteps.tolist(),
         "slots": list(bundle.manifest.model.slots),
-        "plan": None if cache == "none" else kinds(plan, asked),
+        "plan": None if cache == "none" else kinds(plan, asked, full),
         "closeness_db": errors,
         "forecast_error": _table(fitted.forecast),
         "reuse_error": _table(fitted.reuse),
@@ -48,17 +49,17 @@ def describe(
     }
 
 
-def kinds(plan: StepPlan, asked: StepPlan) -> list[str]:
+def kinds(plan: StepPlan, asked: StepPlan, full: NDArray[np.bool_]) -> list[str]:
     """What each slot does at each step, one letter per step and one text per slot.
 
     `asked` is the plan before the noise guard: where it has a forecast and `plan` has none, that
-    is held back.
+    is held back. `full` (T,) are the steps that computed everything.
     """
     forecast = np.count_nonzero(plan.weights, axis=1) > 1  # (T, slots)
     held = (np.count_nonzero(asked.weights, axis=1) > 1) & ~forecast
     found = np.where(forecast, FORECAST, REUSED)
     found = np.where(held, HELD, found)
-    found[plan.full] = FULL
+    found[full] = FULL
     return ["".join(column) for column in found.T]
 
 

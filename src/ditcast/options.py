@@ -59,12 +59,6 @@ def writable(context: click.Context, option: click.Parameter, path: Path | None)
     return path
 
 
-def write_json(path: Path | None, values: dict[str, Any]) -> None:
-    """Write what `--json` asked for."""
-    if path is not None:
-        path.write_text(json.dumps(values, indent=1) + "\n")
-
-
 JSON = click.option(
     "--json",
     "json_file",
@@ -128,3 +122,9 @@ def join_labels(arguments: list[str]) -> list[str]:
         inside = argument == "--labels"
         found += [argument, ""] if inside else [argument]
     return found
+
+
+def write_json(path: Path | None, values: dict[str, Any]) -> None:
+    """Write the figures of a command to the file of its `--json`, if there is one."""
+    if path is not None:
+        path.write_text(json.dumps(values, indent=1) + "\n")
