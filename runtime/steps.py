@@ -67,8 +67,9 @@ def closeness_db(path: Samples, wanted: Samples) -> NDArray[np.float64]:
     """PSNR of the samples after each step, over the range of those wanted, (T,); at most 100."""
     axes = (1, 2, 3, 4)
     error = np.square(path.astype(np.float64) - wanted).mean(axis=axes)
-    span = np.square(wanted.max(axis=axes).astype(np.float64) - wanted.min(axis=axes))
-    found: NDArray[np.float64] = -10 * np.log10(np.maximum(error / span, 10 ** (-PSNR_CAP / 10)))
+    spans = np.square(wanted.max(axis=axes).astype(np.float64) - wanted.min(axis=axes))
+    spans = np.maximum(spans, np.finfo(np.float32).tiny)  # of a sample that is the same all over
+    found: NDArray[np.float64] = -10 * np.log10(np.maximum(error / spans, 10 ** (-PSNR_CAP / 10)))
     return found
 
 
