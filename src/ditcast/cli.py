@@ -12,6 +12,7 @@ from ditcast import __version__
 from ditcast.bundle import Bundle
 from ditcast.cache.fitted import recipe_plan
 from ditcast.commands import COMMANDS
+from ditcast.commands.compiled import load_model
 from ditcast.errors import ConfigError, DitcastError, ParityError
 from ditcast.options import (
     BACKEND,
@@ -120,7 +121,7 @@ def export(bundle: Path, targets: tuple[str, ...]) -> None:
     """Export the graphs of a calibrated bundle: those of a target that are missing or stale."""
     opened = Bundle.open(bundle)
     source = opened.manifest.model.source
-    loaded = _load(source)
+    loaded = load_model(source)
     from ditcast.models.base import describe
 
     manifest = describe(loaded, opened.manifest.recipe)
@@ -261,17 +262,6 @@ for command in COMMANDS:
     app.add_command(command)
 
 
-def _load(source: str) -> LoadedModel:
-    """Load a model, or say which extra does."""
-    from ditcast.errors import optional
-
-    for module in ("torch", "diffusers", "onnx", "onnx_graphsurgeon", "onnxscript"):
-        optional(module, "compile")
-    from ditcast.models import load
-
-    return load(source)
-
-
 def _start(
     model: str, output: Path, recipe_file: Path | None, flags: dict[str, Any], strict: bool
 ) -> tuple[Bundle, LoadedModel]:
@@ -279,7 +269,7 @@ def _start(
     given = {key: value for key, value in flags.items() if value is not None}
     names = given.pop("labels", None)
     recipe = load_recipe(recipe_file, given)
-    loaded = _load(model)
+    loaded = load_model(model)
     if names is not None:  # names of classes are the model's
         labels = tuple(parse_labels(names, loaded.classes))
         recipe = load_recipe(recipe_file, given | {"labels": labels})
