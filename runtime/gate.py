@@ -15,9 +15,9 @@ from ditcast.runtime.verdict import Row, count, gains
 FAULTS = ("stale", "float", "idle-cache", "slower", "pictures")  # fail without being asked for
 SANE_SHARE = 0.05  # of all pictures may be broken: one seed may go astray
 BROKEN = {
-    "flat": "have lost their contrast (black, white or grey)",
-    "blurred": "are blurred: they have less than half of the detail",
-    "noisy": "are noise: they have more than twice the detail",
+    "flat": "are flat (black, white or grey), with under 20 % of their pair's contrast",
+    "blurred": "are blurred, with less than half of their pair's detail",
+    "noisy": "are noise, with more than twice their pair's detail",
 }
 CONDITIONS = ("images", "steps", "guidance", "seed")  # PSNR under others is another figure
 
@@ -156,7 +156,7 @@ def _pictures(best: Row, found: Values) -> Iterator[Check]:
     """No black, blurred or noisy pictures, and pictures of the same things."""
     for kind, meaning in BROKEN.items():
         broken, samples = best["broken"].get(kind, 0), best["samples"]
-        line = f"{broken} of {count(samples, 'picture')} of {best['name']} {meaning} of their pairs"
+        line = f"{broken} of {count(samples, 'picture')} of {best['name']} {meaning}"
         yield Check(f"no {kind} pictures", broken <= SANE_SHARE * samples, line)
     unpaired = found["unpaired_psnr_db"]
     if unpaired is not None:

@@ -79,7 +79,7 @@ def others(report: Report) -> None:
         (idle, "idle-cache", [f"cache of {BEST}"], "6 of 6 steps were full, so cache fora never"),
         (black, "pictures", ["no flat pictures", "pictures of the same"], "8 of 8 pictures"),
         (noise, "pictures", ["no noisy pictures", "pictures of the same"], "are noise"),
-        (blur, "pictures", ["no blurred pictures"], "are blurred: they have less than half"),
+        (blur, "pictures", ["no blurred pictures"], "are blurred, with less than half"),
         (others, "pictures", [*UNLIKE, "pictures of the same"], "dB to one another"),
     ],
     ids=["slower", "dead cache", "black", "noise", "blurred", "other pictures"],

@@ -85,6 +85,7 @@ def test_verdict_has_speed_fidelity_size_and_hardware(bundle: Bundle) -> None:
     assert "w8a8 + cache is faster and 4.8 dB closer." in page.text
     assert f"ditcast bench {bundle.path.name} --images 160 --seed 7" in page.text
     assert "they can move by 5 dB" not in page.text
+    assert "calibrate 93.1 1,024" in page.text  # seconds and MiB
 
 
 @pytest.mark.parametrize(
