@@ -11,8 +11,8 @@ import click
 from ditcast import __version__
 from ditcast.bundle import Bundle
 from ditcast.cache.fitted import recipe_plan
-from ditcast.commands import COMMANDS
 from ditcast.commands.compiled import load_model
+from ditcast.commands.table import COMMANDS
 from ditcast.errors import ConfigError, DitcastError, ParityError
 from ditcast.options import (
     BACKEND,
