@@ -11,6 +11,7 @@ import click
 from ditcast.errors import ConfigError
 from ditcast.options import BUNDLE, JSON, F, writable, write_json
 from ditcast.progress import say
+from ditcast.runtime.gate import FAULTS
 
 
 def _finite(context: click.Context, option: click.Parameter, value: float | None) -> float | None:
@@ -53,7 +54,7 @@ def _file(name: str, text: str) -> Callable[[F], F]:
 @click.option(
     "--allow",
     multiple=True,
-    type=click.Choice(["stale", "float", "idle-cache", "slower", "pictures"]),
+    type=click.Choice(FAULTS),
     help="a fault that may be there, several times",
 )
 @_file("--junit", "write JUnit XML")
