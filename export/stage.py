@@ -99,18 +99,7 @@ def _export(
     with quantized(adapter, qparams) as simulation:
         probes = make_probes(bundle, adapter)
         say("exporting: tracing the model")
-        with simulation.exact():
-            traced = {
-                name: trace(
-                    probe.module,
-                    list(probe.feeds.values()),
-                    inputs=list(probe.feeds),
-                    outputs=probe.outputs,
-                    dynamic=probe.dynamic,
-                    layers=simulation.originals,
-                )
-                for name, probe in probes.items()
-            }
+        traced = {name: _trace(probe, simulation) for name, probe in probes.items()}
         for target in targets:
             say(f"exporting: writing target {target} and comparing it with torch")
             folder = bundle.staged(f"graphs/{target}/{WEIGHTS}").parent
@@ -148,6 +137,19 @@ def _export(
                 for name, parity in parities.items()
             ]
     return found
+
+
+def _trace(probe: Probe, simulation: Simulation) -> gs.Graph:
+    """One step graph without any rounding of inputs."""
+    with simulation.exact():
+        return trace(
+            probe.module,
+            list(probe.feeds.values()),
+            inputs=list(probe.feeds),
+            outputs=probe.outputs,
+            dynamic=probe.dynamic,
+            layers=simulation.originals,
+        )
 
 
 def _write_target(

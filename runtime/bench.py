@@ -17,13 +17,16 @@ from numpy.typing import NDArray
 
 from ditcast.bundle import Bundle
 from ditcast.progress import counting, say
-from ditcast.runtime import images, machine
+from ditcast.runtime import fidelity, images, machine
 from ditcast.runtime.choice import open_backend
+from ditcast.runtime.fidelity import spread
 from ditcast.runtime.pipeline import Pipeline, Step
+from ditcast.runtime.steps import describe
 from ditcast.schedule import SPACINGS
 from ditcast.settings import Settings
 
 SHOWN = 16  # images of each variant that the report shows
+FOLLOWED = 4  # samples of a batch that are compared after every step
 
 
 @dataclass
@@ -39,9 +42,12 @@ class Variant:
     step_ms: dict[bool, list[float]] = field(default_factory=lambda: defaultdict(list))
     full_steps: list[int] = field(default_factory=list)  # per round
     samples: list[NDArray[np.float32]] = field(default_factory=list)
+    # Of the last batch, per step: whether it was full, and the first few samples.
+    path: list[tuple[bool, NDArray[np.float32]]] = field(default_factory=list)
 
     def run(self, labels: list[int], seed: int, first: int, guidance: float) -> None:
         """Sample one batch and keep its time and its images."""
+        self.path.clear()
         self.samples.append(self.timed(labels, seed, first, guidance))
 
     def timed(
@@ -57,7 +63,8 @@ class Variant:
             now = time.perf_counter_ns()
             if step.index:  # the first step's time holds the temporal features
                 self.step_ms[step.full].append((now - last) / 1e6)
-            last = now
+            self.path.append((step.full, step.sample[:FOLLOWED].copy()))
+            last = time.perf_counter_ns()
 
         found = self.pipeline.sample(
             labels,
@@ -105,9 +112,7 @@ def bench(
     settings = settings or Settings()
     steps = recipe.steps if steps is None else steps
     variants = _variants(bundle, backend, settings, steps)
-    pool = bundle.manifest.stored_labels() or range(model.num_classes)
-    labels = [pool[i % len(pool)] for i in range(count)]
-    batches = [labels[i : i + recipe.batch] for i in range(0, count, recipe.batch)]
+    batches = _batches(bundle, count)
     for variant in variants:
         variant.warm_up(batches[0], recipe.guidance)
     random_weights = model.source.startswith("random:")
@@ -118,16 +123,19 @@ def bench(
             for variant in variants:
                 variant.run(batch, seed, i * recipe.batch, recipe.guidance)
                 advance()
-    reference = variants[0]
-    rows = [_row(variant, reference, bundle) for variant in variants]
-    for row, variant in zip(rows, variants, strict=True):
-        row["peak_memory_mib"] = _peak_memory_mib(bundle, variant, settings)
+    rows = [
+        _row(variant, variants[0], bundle)
+        | {"peak_memory_mib": _peak_memory_mib(bundle, variant, settings)}
+        for variant in variants
+    ]
     return {
         "machine": machine.describe(),
         "backend": variants[0].pipeline.backend.facts(),
         "bundle": {
             "model": model.source,
+            "fingerprint": model.fingerprint,
             "digest": bundle.manifest.digest,
+            "content": bundle.content(row["target"] for row in rows),
             "recipe": recipe.model_dump(mode="json"),
             "random_weights": random_weights,
         },
@@ -139,8 +147,20 @@ def bench(
             "seed": seed,
         },
         "variants": rows,
+        "interaction": _interaction(variants),
+        "steps": _steps(variants, steps),
+        "pictures": _pictures(variants),
+        "cost": {},
+        "unpaired_psnr_db": fidelity.unpaired(np.concatenate(variants[0].samples)),
         "shown": {variant.name: np.concatenate(variant.samples)[:SHOWN] for variant in variants},
     }
+
+
+def _batches(bundle: Bundle, count: int) -> list[list[int]]:
+    """Labels of `count` images, classes in turn, in batches of the recipe's size."""
+    pool = bundle.manifest.stored_labels() or range(bundle.manifest.model.num_classes)
+    labels, size = [pool[i % len(pool)] for i in range(count)], bundle.manifest.recipe.batch
+    return [labels[i : i + size] for i in range(0, count, size)]
 
 
 def _variants(bundle: Bundle, backend: str, settings: Settings, steps: int) -> list[Variant]:
@@ -186,12 +206,6 @@ def _fewer_steps(variants: list[Variant], batch: list[int], guidance: float, see
 def _row(variant: Variant, reference: Variant, bundle: Bundle) -> dict[str, Any]:
     """The figures of one variant; speed never without fidelity beside it."""
     made, wanted = (np.concatenate(v.samples) for v in (variant, reference))
-    if made.shape[1] == 3:
-        made, wanted = images.to_unit(made), images.to_unit(wanted)
-    else:  # latents: scaled by the reference's own range, so that PSNR keeps its meaning
-        low, span = wanted.min(), np.ptp(wanted)
-        made, wanted = (made - low) / span, (wanted - low) / span
-    similarity = images.ssim(made, wanted)
     ratios = np.asarray(reference.image_ms) / np.asarray(variant.image_ms)
     folder = f"graphs/{variant.pipeline.target}/"
     files = bundle.manifest.files
@@ -202,23 +216,48 @@ def _row(variant: Variant, reference: Variant, bundle: Bundle) -> dict[str, Any]
         "steps": variant.steps,
         "full_steps": round(float(np.mean(variant.full_steps)), 2),
         "spacing": variant.spacing,
-        "image_ms": _spread(variant.image_ms),
-        "full_step_ms": _spread(variant.step_ms[True]),
-        "reuse_step_ms": _spread(variant.step_ms[False]),
-        "speedup": _spread(ratios),
-        "psnr_db": _spread(images.psnr_db(made, wanted)),
-        "ssim": None if similarity is None else _spread(similarity),
+        "image_ms": spread(variant.image_ms),
+        "full_step_ms": spread(variant.step_ms[True]),
+        "reuse_step_ms": spread(variant.step_ms[False]),
+        "speedup": spread(ratios),
+        **fidelity.figures(made, wanted),
         "samples": len(made),
         "size_bytes": sum(e.size for name, e in files.items() if name.startswith(folder)),
     }
 
 
-def _spread(values: Any) -> dict[str, float] | None:
-    """10th percentile, median, 90th percentile; None of nothing."""
-    if len(values) == 0:
+def _steps(variants: list[Variant], steps: int) -> dict[str, Any]:
+    """What happens at each timestep of the last batch, in what the bundle runs."""
+    exact = (variants[0].pipeline.target, variants[0].cache)
+    same = [v for v in variants if v.steps == steps and v.spacing is None]
+    paths = {v.name: np.stack([sample for _, sample in v.path]) for v in same}
+    made = [v for v in same if (v.pipeline.target, v.cache) != exact] or variants[:1]
+    full = np.array([full for full, _ in made[-1].path])
+    return describe(made[-1].pipeline, made[-1].cache, full, paths)
+
+
+def _pictures(variants: list[Variant]) -> dict[str, int] | None:
+    """How many pictures of each variant are kept, and their size; None of latents."""
+    shown = np.concatenate(variants[0].samples)[:SHOWN]
+    count, channels, height, width = shown.shape
+    return {"count": count, "height": height, "width": width} if channels == 3 else None
+
+
+def _interaction(variants: list[Variant]) -> dict[str, Any] | None:
+    """What both gains together are above the product and the sum of each alone.
+
+    None where the bundle has not both. Speed-ups that have nothing to do with each other
+    multiply (1), and the squares of such errors add up (0 dB).
+    """
+    if len(variants) < 4:
         return None
-    found = np.percentile(np.asarray(values, np.float64), (10, 50, 90))
-    return dict(zip(("p10", "p50", "p90"), (float(f"{v:.5g}") for v in found), strict=True))
+    exact, quantized, cached, both = (np.asarray(v.image_ms) for v in variants[:4])
+    samples = [np.concatenate(v.samples) for v in variants[:4]]
+    return {
+        "speedup": spread((exact / both) / (exact / quantized * exact / cached)),
+        "psnr_db": spread(fidelity.interaction(*samples)),
+        "samples": len(samples[0]),
+    }
 
 
 def _peak_memory_mib(bundle: Bundle, variant: Variant, settings: Settings) -> float | None:
@@ -276,8 +315,8 @@ def summary(report: dict[str, Any]) -> list[list[str]]:
     return rows
 
 
-def _median(spread: dict[str, float] | None, form: str) -> str:
-    return "-" if spread is None else form.format(spread["p50"])
+def _median(found: dict[str, float] | None, form: str) -> str:
+    return "-" if found is None else form.format(found["p50"])
 
 
 def announce(report: dict[str, Any]) -> None:

@@ -13,6 +13,10 @@ from PIL import Image
 from ditcast.errors import ConfigError
 
 PSNR_CAP = 100.0
+WINDOW = 7  # pixels, of SSIM
+GAP = 2  # pixels between the pictures of a grid
+
+Pixels = NDArray[np.uint8]
 
 
 def to_unit(samples: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -20,17 +24,38 @@ def to_unit(samples: NDArray[np.float32]) -> NDArray[np.float32]:
     return np.clip(samples / 2 + 0.5, 0, 1)
 
 
-def grid(samples: NDArray[np.float32], columns: int = 0) -> Image.Image:
-    """One picture of all samples `(n, 3, H, W)`, row by row, two pixels apart on white."""
-    n, _, height, width = samples.shape
+def to_pixels(samples: NDArray[np.float32]) -> Pixels:
+    """Samples `(n, 3, H, W)` as pictures `(n, H, W, 3)`."""
+    found: Pixels = np.rint(to_unit(samples) * 255).astype(np.uint8).transpose(0, 2, 3, 1)
+    return found
+
+
+def grid(pictures: Pixels, columns: int = 0) -> Image.Image:
+    """One picture of all `(n, H, W, 3)`, row by row, two pixels apart on white."""
+    n, height, width, _ = pictures.shape
     columns = columns or math.ceil(math.sqrt(n))
     rows = math.ceil(n / columns)
-    gap = 2
-    sheet = np.full((rows * (height + gap) - gap, columns * (width + gap) - gap, 3), 255, np.uint8)
-    for i, image in enumerate(np.rint(to_unit(samples) * 255).astype(np.uint8)):
-        top, left = i // columns * (height + gap), i % columns * (width + gap)
-        sheet[top : top + height, left : left + width] = image.transpose(1, 2, 0)
+    size = (rows * (height + GAP) - GAP, columns * (width + GAP) - GAP, 3)
+    sheet = np.full(size, 255, np.uint8)
+    for i, picture in enumerate(pictures):
+        top, left = i // columns * (height + GAP), i % columns * (width + GAP)
+        sheet[top : top + height, left : left + width] = picture
     return Image.fromarray(sheet)
+
+
+def cut(sheet: Image.Image, count: int, height: int, width: int) -> Pixels | None:
+    """The pictures that `grid` put together, `(count, H, W, 3)`; None where they do not fit."""
+    columns = math.ceil(math.sqrt(count))
+    rows = math.ceil(count / columns)
+    if sheet.size != (columns * (width + GAP) - GAP, rows * (height + GAP) - GAP):
+        return None
+    pixels = np.asarray(sheet.convert("RGB"))
+    corners = [divmod(i, columns) for i in range(count)]
+    found = [
+        pixels[row * (height + GAP) :, column * (width + GAP) :][:height, :width]
+        for row, column in corners
+    ]
+    return np.stack(found)
 
 
 def check_output(path: Path, channels: int) -> None:
@@ -60,7 +85,7 @@ def save(samples: NDArray[np.float32], path: Path, scale: int = 1, *, columns: i
     if path.suffix == ".npy":
         np.save(path, samples)
         return
-    picture = grid(samples, columns)
+    picture = grid(to_pixels(samples), columns)
     size = (picture.width * scale, picture.height * scale)
     picture.resize(size, Image.Resampling.NEAREST).save(path)
 
@@ -73,11 +98,14 @@ def psnr_db(images: NDArray[np.float32], paired: NDArray[np.float32]) -> NDArray
 
 
 def ssim(images: NDArray[np.float32], paired: NDArray[np.float32]) -> NDArray[np.float64] | None:
-    """SSIM per image, window 7; None without the `report` extra."""
-    if importlib.util.find_spec("skimage") is None:
+    """SSIM per image, window 7; None without the `report` extra, and of what is smaller."""
+    if importlib.util.find_spec("skimage") is None or min(images.shape[2:]) < WINDOW:
         return None
     from skimage.metrics import structural_similarity
 
     pairs = zip(images, paired, strict=True)
-    found = [structural_similarity(a, b, channel_axis=0, data_range=1.0) for a, b in pairs]
+    found = [
+        structural_similarity(a, b, channel_axis=0, data_range=1.0, win_size=WINDOW)
+        for a, b in pairs
+    ]
     return np.asarray(found, np.float64)

@@ -4,19 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 ENOUGH_SAMPLES = 128  # medians over fewer images jump
 EQUAL_TIME = 1.1  # a rival that takes at most this many times as long has equal time
 
 Row = dict[str, Any]
 Spread = dict[str, float] | None
-
-
-def pictured(report: dict[str, Any]) -> dict[str, NDArray[np.float32]]:
-    """The samples that are pictures; latents without a decoder are not."""
-    return {name: x for name, x in report["shown"].items() if x.shape[1] == 3}
 
 
 def gains(rows: list[Row]) -> list[Row]:
@@ -118,7 +110,7 @@ def notes(report: dict[str, Any]) -> list[str]:
             f"The medians are over {count(rows[0]['samples'], 'sample')}; over fewer than "
             f"{ENOUGH_SAMPLES} they can move by 5 dB from one set of seeds to another."
         )
-    if report["shown"] and not pictured(report):
+    if report["pictures"] is None:
         found.append(
             "The samples are latents and the bundle has no decoder: there are no pictures, and "
             "PSNR and SSIM are of latents, scaled by the range of full precision's."
@@ -143,6 +135,30 @@ def _single_notes(rows: list[Row], report: dict[str, Any]) -> list[str]:
                 f"{_speed(row, rows[0])}, {_fidelity(row, report)}."
             )
     return found
+
+
+def interaction(report: dict[str, Any]) -> str:
+    """What the two gains do to each other, in words; empty where there are not both."""
+    both = report["interaction"]
+    if both is None:
+        return ""
+    speed, fidelity = _median(both["speedup"]), _median(both["psnr_db"])
+    if speed is None or fidelity is None:
+        return ""
+    within = both["speedup"]["p10"] <= 1 <= both["speedup"]["p90"]
+    product = "the product of the two speed-ups"
+    text = f"Both together are {speed:.2f} times as fast as {product}"
+    if within:
+        text = f"Both together are as fast as {product}, within the spread"
+    if report["bundle"]["random_weights"]:
+        return f"{text}."
+    if abs(fidelity) < 0.5:
+        return f"{text}, and their errors add up as independent ones do ({fidelity:+.1f} dB)."
+    side = "better" if fidelity > 0 else "worse"
+    return (
+        f"{text}, and at {abs(fidelity):.1f} dB {side} than two independent errors of that size "
+        f"would be ({count(both['samples'], 'sample')})."
+    )
 
 
 def _rival_note(rows: list[Row], report: dict[str, Any]) -> list[str]:

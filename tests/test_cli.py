@@ -246,6 +246,7 @@ def test_compile_goes_on_where_it_stopped(
     values = json.loads(figures.read_text())
     assert [row["peak_memory_mib"] for row in values["variants"]] == [123.0] * 5
     assert "shown" not in values
+    assert values["cost"] == {}  # there was nothing left to calibrate and to export
     assert values["request"]["seed"] == 1  # not 0, on which the scales were found
     found = Bundle.open(bundle.path)
     assert found.manifest.graphs == bundle.manifest.graphs
@@ -325,6 +326,9 @@ def test_help_and_version(cli: Cli) -> None:
         "audit",
         "verify",
         "inspect",
+        "report",
+        "gate",
+        "compare",
     ):
         assert f"\n  {command} " in done.out
 

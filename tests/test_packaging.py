@@ -24,11 +24,14 @@ RUNTIME_MODULES = (
     "ditcast.runtime",
     "ditcast.runtime.audit",
     "ditcast.runtime.bench",
+    "ditcast.runtime.compare",
+    "ditcast.runtime.gate",
     "ditcast.runtime.report",
     "ditcast.cli",
 )
 VOCABULARY = ("cache", "schedule.py", "sampling.py", "bundle.py", "recipe.py")
 COMPILE_ONLY = {"torch", "diffusers", "onnx", "onnx_graphsurgeon", "onnxscript"}
+ALLOWED = ("--allow", "slower", "--allow", "pictures")  # the model is tiny and untrained
 REPORT_ONLY = {"jinja2", "plotly", "skimage"}
 
 # Python imports this at start-up. To the modules named it gives the answer of a place where they
@@ -113,7 +116,8 @@ def base_install(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("without")
     absent = sorted(COMPILE_ONLY | REPORT_ONLY)
     (folder / "sitecustomize.py").write_text(WITHOUT.format(absent=absent))
-    return os.environ | {"PYTHONPATH": str(folder)}
+    path = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(path)}
 
 
 def test_base_install_samples(
@@ -129,6 +133,17 @@ def test_base_install_measures(ditcast: Run, base_install: dict[str, str], bundl
     done = ditcast("bench", bundle.path, "--images", 2, env=base_install)
     assert done.returncode == 0, done.stderr
     assert "PSNR" in done.stdout
+
+
+def test_base_install_gates(ditcast: Run, base_install: dict[str, str], bundle: Bundle) -> None:
+    """Audit, bench and gate need no extra; the page says which one it needs."""
+    for command in (("audit",), ("bench", "--images", 2), ("gate", *ALLOWED)):
+        name, *arguments = command
+        done = ditcast(name, bundle.path, *arguments, env=base_install)
+        assert done.returncode == 0, done.stdout + done.stderr
+    done = ditcast("report", bundle.path, env=base_install)
+    assert done.returncode == 2
+    assert "pip install 'ditcast[report]'" in done.stderr
 
 
 def test_base_install_says_what_compiling_needs(

@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -236,6 +237,14 @@ class Bundle:
             parts.append(self.manifest.files[self.manifest.quantization.file].sha256)
         if self.manifest.cache is not None:
             parts.append(self.manifest.files[self.manifest.cache.file].sha256)
+        return hashlib.sha256("|".join(parts).encode()).hexdigest()
+
+    def content(self, targets: Iterable[str]) -> str:
+        """Hash of all that a measurement of these targets stands on; reports are no part of it."""
+        folders = tuple(f"graphs/{target}/" for target in targets)
+        held = self.manifest.files.items()
+        parts = [f"{name} {entry.sha256}" for name, entry in held if name.startswith(folders)]
+        parts = [self.graphs_made_from(), *sorted(parts)]
         return hashlib.sha256("|".join(parts).encode()).hexdigest()
 
 

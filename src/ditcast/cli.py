@@ -7,15 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from ditcast import __version__
 from ditcast.bundle import Bundle
 from ditcast.cache.fitted import recipe_plan
 from ditcast.commands import engines
-from ditcast.commands.sample import sample
+from ditcast.commands.compiled import load_model
+from ditcast.commands.table import COMMANDS
 from ditcast.errors import ConfigError, DitcastError, ParityError
 from ditcast.options import (
     BACKEND,
@@ -39,7 +37,6 @@ from ditcast.settings import Settings
 from ditcast.tables import (
     audit_lines,
     audit_rows,
-    bundle_rows,
     show,
     warn_of_idle_cache,
     warn_of_slow_integers,
@@ -54,9 +51,6 @@ if TYPE_CHECKING:
 @click.version_option(__version__, prog_name="ditcast")
 def app() -> None:
     """Calibrate, export and run diffusion transformers and U-Nets, quantized and cached."""
-
-
-app.add_command(sample)
 
 
 @app.command("compile")
@@ -82,12 +76,16 @@ def compile_command(
     **flags: Any,
 ) -> None:
     """All of it: calibrate, export, audit, bench. Resumes where an earlier run stopped."""
+    from ditcast.commands.cost import Cost
     from ditcast.runtime.choice import check_backend
 
     check_backend(backend, settings)  # what is wrong should be said before the long work
     bundle, loaded = _start(model, output, recipe_file, flags, strict)
+    cost = Cost(bundle)
     _calibrate(bundle, loaded)
+    cost.stage("calibrate")
     _export(bundle, loaded, targets, backend)
+    cost.stage("export")
     del loaded  # a large model and its graphs do not fit in memory together
     passed = _audit(bundle, backend, settings, "host").passed
     _bench(
@@ -98,6 +96,7 @@ def compile_command(
         steps=None,
         seed=None,
         json_file=json_file,
+        cost=cost.found,
     )
     if not passed:
         raise click.exceptions.Exit(1)
@@ -123,7 +122,8 @@ def calibrate(
 def export(bundle: Path, targets: tuple[str, ...]) -> None:
     """Export the graphs of a calibrated bundle: those of a target that are missing or stale."""
     opened = Bundle.open(bundle)
-    loaded = _load(source := opened.manifest.model.source)
+    source = opened.manifest.model.source
+    loaded = load_model(source)
     from ditcast.models.base import describe
 
     found = describe(loaded, opened.manifest.recipe)
@@ -187,40 +187,8 @@ def audit(
         raise click.exceptions.Exit(1)
 
 
-@app.command()
-@BUNDLE
-def verify(bundle: Path) -> None:
-    """Hash every file of a bundle."""
-    count = Bundle.open(bundle).verify()
-    click.echo(f"{bundle}: {count} files verified")
-
-
-@app.command()
-@BUNDLE
-@JSON
-def inspect(bundle: Path, json_file: Path | None) -> None:
-    """Show what a bundle holds."""
-    manifest = Bundle.open(bundle).manifest
-    write_json(json_file, manifest.model_dump(mode="json"))
-    table = Table(show_header=False, box=None)
-    for key, value in bundle_rows(manifest).items():
-        if value:
-            table.add_row(key, escape(value))
-    Console(soft_wrap=True).print(table)
-
-
-app.add_command(engines.build)
-
-
-def _load(source: str) -> LoadedModel:
-    """Load a model, or say which extra does."""
-    from ditcast.errors import optional
-
-    for module in ("torch", "diffusers", "onnx", "onnx_graphsurgeon", "onnxscript"):
-        optional(module, "compile")
-    from ditcast.models import load
-
-    return load(source)
+for command in COMMANDS:
+    app.add_command(command)
 
 
 def _start(
@@ -230,7 +198,7 @@ def _start(
     given = {key: value for key, value in flags.items() if value is not None}
     names = given.pop("labels", None)
     recipe = load_recipe(recipe_file, given)
-    loaded = _load(model)
+    loaded = load_model(model)
     if names is not None:  # names of classes are the model's
         labels = tuple(parse_labels(names, loaded.classes))
         recipe = load_recipe(recipe_file, given | {"labels": labels})
@@ -262,9 +230,13 @@ def _audit(
     """Audit, say the verdict, and warn where integers may not pay."""
     from ditcast.runtime.audit import audit
     from ditcast.runtime.choice import open_backend
+    from ditcast.runtime.kept import keep_audit
 
-    found = audit(bundle, open_backend(backend, bundle, settings), loop)
+    runtime = open_backend(backend, bundle, settings)
+    found = audit(bundle, runtime, loop)
     write_json(json_file, found.as_json())
+    if loop == "host":  # what the pipeline runs, which `gate` and `report` are about
+        keep_audit(bundle, runtime.target, found.as_json())
     warn_of_slow_integers(found)
     for line in audit_lines(found):
         click.echo(line)
@@ -280,9 +252,11 @@ def _bench(
     steps: int | None,
     seed: int | None,
     json_file: Path | None,
+    cost: dict[str, Any] | None = None,
 ) -> None:
     """Measure, print the table, and put JSON, pictures and page into the bundle."""
     from ditcast.runtime.bench import announce, bench, summary
+    from ditcast.runtime.kept import known_cost
     from ditcast.runtime.report import write_report
 
     manifest = bundle.manifest
@@ -290,6 +264,7 @@ def _bench(
     if seed is None:  # not the noise that the scales were found on
         seed = manifest.recipe.seed + 1
     report = bench(bundle, backend=backend, settings=settings, count=count, steps=steps, seed=seed)
+    report["cost"] = cost or known_cost(bundle)
     announce(report)
     show(summary(report), right=1)
     write_json(json_file, {key: value for key, value in report.items() if key != "shown"})

@@ -59,11 +59,12 @@ def runtime_options(command: F) -> F:
     return cast(F, count(spinning(trust(wrapped))))
 
 
-def _in_a_folder(context: click.Context, option: click.Parameter, path: Path | None) -> Path | None:
+def writable(context: click.Context, option: click.Parameter, path: Path | None) -> Path | None:
     """Refuse a file that could not be written, before the long work."""
-    del context, option
+    del context
     if path is not None and not path.parent.is_dir():
-        raise ConfigError(f"json: no folder {path.parent}; create it first")
+        name = (option.name or "output").removesuffix("_file")
+        raise ConfigError(f"{name}: no folder {path.parent}; create it first")
     return path
 
 
@@ -71,7 +72,7 @@ JSON = click.option(
     "--json",
     "json_file",
     type=click.Path(path_type=Path, dir_okay=False),
-    callback=_in_a_folder,
+    callback=writable,
     help="write figures",
 )
 STRICT = click.option("--strict", is_flag=True, help="a cache that does nothing is an error")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +29,17 @@ def save(
         ) from err
 
 
-def load(path: Path) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
-    """The tensors of a file and its metadata.
+def load(
+    path: Path, wanted: Callable[[str], bool] = lambda name: True
+) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
+    """The tensors of a file, or those whose names are wanted, and its metadata.
 
     Raises:
         BundleError: the file is damaged, or is no safetensors file.
     """
     try:
         with safe_open(path, "numpy") as file:
-            names = list(file.keys())
+            names = [name for name in file.keys() if wanted(name)]  # noqa: SIM118 - no mapping
             return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
     except SafetensorError as err:
         raise BundleError(

@@ -169,3 +169,29 @@ def test_a_process_that_fails_costs_only_its_figure(
     assert [row[-1] for row in summary(found)[1:]] == ["-"] * 5
     said = capsys.readouterr().err
     assert "peak memory of 'w8a8' was not measured: ditcast: error: no memory" in said
+
+
+def test_what_happens_at_each_step(report: dict[str, Any], shared_bundle: Bundle) -> None:
+    """The plan of all slots, and how far each step has come away; full precision itself is left."""
+    found = report["steps"]
+    assert found["timesteps"] == Pipeline(shared_bundle).schedule.timesteps(6).tolist()
+    assert found["slots"] == list(shared_bundle.manifest.model.slots)
+    assert found["plan"] == ["ffrfrf"] * 4  # T=6, N=2
+    assert list(found["closeness_db"]) == NAMES[1:]
+    for row in found["closeness_db"].values():
+        assert len(row) == 6
+    cache = found["closeness_db"]["cache"]
+    assert cache[:2] == [100, 100]  # full steps in full precision
+    assert cache[2] < 100
+    assert found["ranges"] == {}
+    assert (found["forecast_error"], found["selection"]) == (None, None)
+
+
+def test_interaction_of_both_gains(report: dict[str, Any]) -> None:
+    """Over the same images and rounds as the rows."""
+    both = report["interaction"]
+    assert both["samples"] == 5
+    assert both["speedup"]["p10"] <= both["speedup"]["p50"] <= both["speedup"]["p90"]
+    assert abs(both["psnr_db"]["p50"]) < 20
+    assert report["unpaired_psnr_db"]["p50"] < report["variants"][1]["psnr_db"]["p50"]
+    assert report["pictures"] == {"count": 5, "height": 16, "width": 16}

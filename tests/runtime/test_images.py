@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ditcast.errors import ConfigError
-from ditcast.runtime.images import check_output, grid, psnr_db, save, ssim, to_unit
+from ditcast.runtime.images import check_output, cut, grid, psnr_db, save, ssim, to_pixels, to_unit
 
 
 def picture() -> NDArray[np.float32]:
@@ -63,7 +63,7 @@ def test_bad_pictures_score_badly() -> None:
 
 def test_a_grid_is_square_with_white_gaps() -> None:
     """Three black 4x4 pictures: two columns and rows, two pixels apart, the last cell white."""
-    sheet = np.asarray(grid(np.full((3, 3, 4, 4), -1, np.float32)))
+    sheet = np.asarray(grid(to_pixels(np.full((3, 3, 4, 4), -1, np.float32))))
     assert sheet.shape == (10, 10, 3)
     assert (sheet[:4, :4] == 0).all()
     assert (sheet[:4, 6:] == 0).all()
@@ -75,7 +75,17 @@ def test_a_grid_is_square_with_white_gaps() -> None:
 @pytest.mark.parametrize(("columns", "size"), [(1, (4, 16)), (3, (16, 4)), (2, (10, 10))])
 def test_a_grid_of_so_many_columns(columns: int, size: tuple[int, int]) -> None:
     """Width and height."""
-    assert grid(np.zeros((3, 3, 4, 4), np.float32), columns).size == size
+    assert grid(np.zeros((3, 4, 4, 3), np.uint8), columns).size == size
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+def test_a_grid_can_be_cut_again(count: int) -> None:
+    """Into the very pictures; a sheet of another size is not cut."""
+    pictures = np.random.default_rng(0).integers(0, 256, (count, 5, 4, 3), np.uint8)
+    found = cut(grid(pictures), count, 5, 4)
+    assert found is not None
+    np.testing.assert_array_equal(found, pictures)
+    assert cut(grid(pictures), count, 4, 5) is None
 
 
 def test_saved_pictures_are_what_was_sampled(tmp_path: Path) -> None:

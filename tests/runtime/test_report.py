@@ -6,105 +6,20 @@ import copy
 import json
 import subprocess
 import sys
-from html.parser import HTMLParser
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from PIL import Image
 
 from ditcast.bundle import Bundle
-from ditcast.runtime.report import write_report
+from ditcast.runtime import kept
+from ditcast.runtime.report import PAGE, write_report
+from tests.conftest import Cli
+from tests.reports import NAMES, Page, audited, make_report, spread
 
 MAX_BYTES = 8_000_000
-NAMES = ("full precision", "w8a8", "cache", "w8a8 + cache", "3 steps")
-# name: target, cache, full steps, steps, ms per image, speed-up, PSNR
-ROWS: dict[str, tuple[str, str, int, int, float, float, float]] = {
-    "full precision": ("reference", "none", 6, 6, 41.7, 1.0, 100.0),
-    "w8a8": ("onnxruntime", "none", 6, 6, 53.3, 0.78, 45.2),
-    "cache": ("reference", "fora", 3, 6, 22.9, 1.82, 27.6),
-    "w8a8 + cache": ("onnxruntime", "fora", 3, 6, 18.4, 2.27, 26.1),
-    "3 steps": ("reference", "none", 3, 3, 19.6, 2.13, 21.3),
-}
-
-
-def spread(middle: float) -> dict[str, float]:
-    """A spread around a median."""
-    return {"p10": middle * 0.9, "p50": middle, "p90": middle * 1.1}
-
-
-def row(name: str) -> dict[str, Any]:
-    """The figures of one variant, as `bench` gives them."""
-    target, cache, full, steps, ms, speedup, psnr = ROWS[name]
-    return {
-        "name": name,
-        "target": target,
-        "cache": cache,
-        "steps": steps,
-        "full_steps": full,
-        "spacing": "trailing" if steps == 3 else None,
-        "image_ms": spread(ms),
-        "full_step_ms": spread(ms / full),
-        "reuse_step_ms": spread(0.7) if cache == "fora" else None,
-        "speedup": spread(speedup),
-        "psnr_db": spread(psnr),
-        "ssim": spread(0.876),
-        "samples": 160,
-        "size_bytes": (3 if target == "reference" else 1) << 20,
-        "peak_memory_mib": 234.5,
-    }
-
-
-def make_report(bundle: Bundle, *names: str, shape: tuple[int, ...] = (4, 3, 8, 8)) -> Any:
-    """A report of some variants with random samples."""
-    rng = np.random.default_rng(0)
-    model, recipe = bundle.manifest.model, bundle.manifest.recipe
-    return {
-        "machine": {
-            "cpu": "Test CPU",
-            "cpu_flags": ["avx2"],
-            "cores": 2,
-            "memory_gib": 8.0,
-            "system": "Linux x86_64",
-            "python": "3.11",
-            "versions": {"numpy": "2.0"},
-            "date": "2026-01-02",
-        },
-        "backend": {"backend": "onnxruntime", "threads": 2, "integer_mode": "u8 x s8"},
-        "bundle": {
-            "model": model.source,
-            "digest": bundle.manifest.digest,
-            "recipe": recipe.model_dump(mode="json"),
-            "random_weights": False,
-        },
-        "request": {"images": 160, "batch": 2, "steps": 6, "guidance": 2.0, "seed": 7},
-        "variants": [row(name) for name in names],
-        "shown": {name: rng.uniform(-1, 1, shape).astype(np.float32) for name in names},
-    }
-
-
-class Page(HTMLParser):
-    """A parsed page: what it shows outside of scripts and styles, and what it would load."""
-
-    def __init__(self, text: str) -> None:
-        """Parse the text of a page."""
-        super().__init__()
-        self.source = text
-        self.tags: list[str] = []
-        self.loads: list[str] = []
-        self._shown: list[str] = []
-        self.feed(text)
-        self.text = " ".join(" ".join(self._shown).split())
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        """Keep the tag and the addresses in it."""
-        self.tags.append(tag)
-        self.loads += [value or "" for key, value in attrs if key in ("src", "href", "srcset")]
-
-    def handle_data(self, data: str) -> None:
-        """Keep text that is shown."""
-        if self.tags and self.cdata_elem is None:
-            self._shown.append(data)
 
 
 def render(bundle: Bundle, report: dict[str, Any]) -> Page:
@@ -121,7 +36,7 @@ def test_the_bundle_vouches_for_every_report(bundle: Bundle) -> None:
     reopened = Bundle.open(bundle.path)
     slugs = ("full-precision", "w8a8", "cache", "w8a8-cache", "3-steps")
     names = ["bench.json", *(f"{slug}.png" for slug in slugs), "report.html"]
-    assert reopened.manifest.reports == tuple(f"reports/{name}" for name in names)
+    assert reopened.manifest.reports == tuple(sorted(f"reports/{name}" for name in names))
     assert set(reopened.manifest.reports) <= set(reopened.manifest.files)
     reopened.verify()
     figures = json.loads(reopened.file("reports/bench.json").read_text())
@@ -170,6 +85,7 @@ def test_verdict_has_speed_fidelity_size_and_hardware(bundle: Bundle) -> None:
     assert "w8a8 + cache is faster and 4.8 dB closer." in page.text
     assert f"ditcast bench {bundle.path.name} --images 160 --seed 7" in page.text
     assert "they can move by 5 dB" not in page.text
+    assert "calibrate 93.1 1,024" in page.text  # seconds and MiB
 
 
 @pytest.mark.parametrize(
@@ -214,6 +130,8 @@ def test_page_escapes_what_it_is_given(bundle: Bundle) -> None:
         report[section][key] = hostile
     report["variants"][1]["name"] = hostile
     report["shown"][hostile] = report["shown"].pop("w8a8")
+    report["steps"]["slots"][0] = hostile
+    report["steps"]["closeness_db"][hostile] = report["steps"]["closeness_db"].pop("w8a8")
     page = render(bundle, report)
     assert page.tags == clean.tags
     assert not [load for load in page.loads if load.startswith("http")]
@@ -240,7 +158,7 @@ def test_page_of_latents_without_figures(bundle: Bundle) -> None:
         variant["peak_memory_mib"] = None
     page = render(bundle, report)
     assert "img" not in page.tags
-    assert "Plotly.newPlot" not in page.source
+    assert 'id="plot-speed"' not in page.source
     assert "The samples are latents" in page.text
     assert "w8a8 + cache was not timed, with unknown fidelity (160 samples)" in page.text
     assert bundle.manifest.reports == ("reports/bench.json", "reports/report.html")
@@ -268,6 +186,141 @@ def test_the_same_report_makes_the_same_page(bundle: Bundle) -> None:
     report = make_report(bundle, *NAMES)
     first = render(bundle, copy.deepcopy(report))
     assert render(bundle, report).source == first.source
+
+
+def test_the_page_again(cli: Cli, bundle: Bundle, tmp_path: Path) -> None:
+    """From what the bundle keeps: the very same, with the pictures as they were."""
+    first = render(bundle, make_report(bundle, *NAMES)).source
+    bundle.file(PAGE).unlink()
+    bundle.staged(PAGE).write_text("older")
+    bundle.commit({})
+    done = cli("report", bundle.path)
+    assert (done.code, done.out, done.err) == (0, f"report: {bundle.file(PAGE)}\n", "")
+    assert bundle.file(PAGE).read_text() == first
+    Bundle.open(bundle.path).verify()
+    before = Bundle.open(bundle.path).manifest
+    done = cli("report", bundle.path, "-o", tmp_path / "page.html")
+    assert (done.code, done.out) == (0, f"report: {tmp_path / 'page.html'}\n")
+    assert (tmp_path / "page.html").read_text() == first
+    assert Bundle.open(bundle.path).manifest == before
+
+
+def test_an_audit_joins_the_page(cli: Cli, bundle: Bundle) -> None:
+    """Where it is of the same graphs and backend; else the page says how to make one."""
+    page = render(bundle, make_report(bundle, *NAMES))
+    assert f"No audit was kept; make one with: ditcast audit {bundle.path.name}" in page.text
+    kept.keep_audit(bundle, "onnxruntime", audited())
+    assert cli("report", bundle.path).code == 0
+    page = Page(bundle.file(PAGE).read_text())
+    assert "2 of 2 quantized layers run in integer kernels" in page.text
+    assert "MatMulIntegerToFloat" in page.text
+    assert "62%" in page.text  # 400 of 650 Gop/s
+    assert "w8a8 layer, integer 2 0.50 62.5%" in page.text  # of 0.8 ms
+    opened = Bundle.open(bundle.path)
+    write_report(opened, make_report(opened, *NAMES))  # another measurement keeps it
+    assert "MatMulIntegerToFloat" in opened.file(PAGE).read_text()
+    kept.keep_audit(opened, "onnxruntime", audited() | {"backend": "openvino"})
+    assert cli("report", opened.path).code == 0
+    assert "The audit is of backend openvino" in opened.file(PAGE).read_text()
+
+
+def test_each_gain_alone_and_what_they_do_to_each_other(bundle: Bundle) -> None:
+    report = make_report(bundle, *NAMES)
+    page = render(bundle, report)
+    assert "quantization only w8a8 0.78" in page.text
+    assert "interaction \u00d7 1.60 \u00d7 1.44 \u2013 \u00d7 1.76 -0.4" in page.text
+    assert "Both together are 1.60 times as fast as the product" in page.text
+    assert "their errors add up as independent ones do (-0.4 dB)" in page.text
+    report["interaction"] |= {"psnr_db": spread(-3.0), "speedup": spread(1.05)}
+    assert "as fast as the product of the two speed-ups, within" in render(bundle, report).text
+    assert "at 3.0 dB worse than two independent errors" in render(bundle, report).text
+
+
+def test_step_by_step(bundle: Bundle) -> None:
+    page = render(bundle, make_report(bundle, *NAMES))
+    assert "held back by the noise guard: 1 of 24" in page.text
+    assert "forecast: 7 of 24" in page.text
+    for name in ("closeness", "plan", "forecast", "ranges", "speed"):
+        assert f'id="plot-{name}"' in page.source
+    report = make_report(bundle, *NAMES[:2])
+    report["steps"]["selection"] = ["mmmccc", "mccccc"]
+    page = render(bundle, report)
+    assert "Nothing is cached: every slot is computed at every step." in page.text
+    assert "Of 12 vectors (part and step), 8 are stored and 4 are computed" in page.text
+    assert 'id="plot-plan"' not in page.source
+
+
+def missing(bundle: Bundle) -> None:
+    bundle.commit({"reports": ()}, replaces="reports/")
+
+
+def stale(bundle: Bundle) -> None:
+    name = "graphs/onnxruntime/full.onnx"
+    bundle.staged(name).write_bytes(bundle.file(name).read_bytes() + b" ")
+    bundle.commit({})
+
+
+def other_size(bundle: Bundle) -> None:
+    Image.new("RGB", (3, 3)).save(bundle.staged("reports/cache.png"))
+    bundle.commit({})
+
+
+def no_picture(bundle: Bundle) -> None:
+    bundle.staged("reports/cache.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(40))
+    bundle.commit({})
+
+
+def older(bundle: Bundle) -> None:
+    bundle.staged("reports/bench.json").write_text("{}")
+    bundle.commit({})
+
+
+@pytest.mark.parametrize(
+    ("plant", "line"),
+    [
+        (missing, "has no reports/bench.json; measure with: ditcast bench"),
+        (stale, "has changed since reports/bench.json was measured; measure again with"),
+        (other_size, "cache.png in b does not hold the pictures that were measured (another size)"),
+        (no_picture, "cache.png in b does not hold the pictures that were measured"),
+        (older, "no report of this version of ditcast (machine: field required); measure again"),
+    ],
+)
+def test_no_page_of_something_else(
+    cli: Cli,
+    bundle: Bundle,
+    monkeypatch: pytest.MonkeyPatch,
+    plant: Callable[[Bundle], None],
+    line: str,
+) -> None:
+    write_report(bundle, make_report(bundle, *NAMES))
+    plant(bundle)
+    bundle.path.rename(bundle.path.parent / "b")
+    monkeypatch.chdir(bundle.path.parent)
+    done = cli("report", "b")
+    assert (done.code, done.out) == (2, "")
+    assert line in done.err
+    assert len(done.err.splitlines()) == 1
+
+
+def test_a_page_that_cannot_be_written(cli: Cli, bundle: Bundle, tmp_path: Path) -> None:
+    write_report(bundle, make_report(bundle, *NAMES[:2]))
+    done = cli("report", bundle.path, "-o", tmp_path / "no" / "page.html")
+    assert done.code == 2
+    assert f"output: no folder {tmp_path / 'no'}; create it first" in done.err
+
+
+def test_figures_on_the_page_are_those_in_the_file(bundle: Bundle) -> None:
+    """Every median and every percentile of the table, rounded as it says."""
+    page = render(bundle, make_report(bundle, *NAMES))
+    figures = json.loads(bundle.file("reports/bench.json").read_text())
+    forms = {"image_ms": ",.1f", "full_step_ms": ",.1f", "speedup": ".2f", "psnr_db": ".1f"}
+    table = page.source.partition('<table class="figures">')[2].partition("</table>")[0]
+    for entry in figures["variants"][1:]:
+        cells = table.partition(f"</i>{entry['name']}\n")[2].partition("</tr>")[0]
+        for key, form in (forms | {"ssim": ".3f", "detail": ".2f"}).items():
+            low, middle, high = (format(entry[key][part], form) for part in ("p10", "p50", "p90"))
+            assert f"<b>{middle}</b>\n<small>{low} \u2013 {high}</small>" in cells, (key, cells)
+        assert f"<td>{entry['samples']}</td>" in cells
 
 
 def test_import_brings_no_optional_package() -> None:

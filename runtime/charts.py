@@ -1,0 +1,222 @@
+"""The plots of the page, as plotly.js figures; the page colours their text and grid itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+from ditcast.runtime.steps import FORECAST, FULL, HELD, REUSED
+from ditcast.runtime.verdict import Row, count, gains
+
+# Readable on white and on near-black.
+COLOURS = ("#8a8f98", "#2a9d8f", "#4f83e0", "#e0702f", "#b060c8", "#c9a227", "#d1495b", "#6a994e")
+KINDS = {  # of a slot at a step: what it is called and its colour
+    FULL: ("computed", "#2a5f9e"),
+    FORECAST: ("forecast", "#7fb8e8"),
+    REUSED: ("reused", "#c9ced6"),
+    HELD: ("held back by the noise guard", "#e0702f"),
+}
+HEIGHT = 420  # CSS pixels
+Chart = dict[str, Any]
+
+
+def html(figure: Chart, name: str, plotly: ModuleType, *, first: bool) -> str:
+    """A figure as HTML; the first one of a page brings plotly.js."""
+    found = plotly.to_html(
+        figure,
+        config={
+            "displaylogo": False,
+            "responsive": True,
+            "modeBarButtonsToRemove": ["select2d", "lasso2d"],
+        },
+        full_html=False,
+        include_plotlyjs=first,
+        default_height=f"{figure['layout'].get('height', HEIGHT)}px",
+        div_id=name,
+        validate=False,
+    )
+    return str(found)
+
+
+def speed_fidelity(groups: Sequence[tuple[str, Sequence[Row]]], colours: Sequence[str]) -> Chart:
+    """Speed-up against PSNR: all operating points, the best of them joined, rivals as crosses.
+
+    A group is a title and the rows of one report, full precision first; a single one has a
+    colour per row, several have one each. No points where nothing was measured.
+    """
+    marks: list[Chart] = []
+    labels: list[Chart] = []
+    everything: list[Row] = []
+    for g, (title, rows) in enumerate(groups):
+        made = gains(list(rows))
+        drawn = [row for row in rows[1:] if row["speedup"] and row["psnr_db"]]
+        everything += drawn
+        for row in drawn:
+            colour = colours[g] if len(groups) > 1 else colours[rows.index(row)]
+            marks.append(_mark(row, colour, title, rival=row not in made))
+            labels.append(_label(row, drawn))
+    if not everything:
+        return {"data": [], "layout": {}}
+    layout = _layout("speed-up, times", "PSNR, dB") | {
+        "shapes": [
+            {"type": "line", "x0": 1, "x1": 1, "yref": "paper", "y0": 0, "y1": 1}
+            | {"line": {"dash": "dot", "width": 1, "color": COLOURS[0]}}
+        ],
+        "annotations": labels if len(groups) == 1 else [],
+    }
+    layout["xaxis"] |= {"range": _range(everything, "speedup", (1.0,))}
+    layout["yaxis"] |= {"range": _range(everything, "psnr_db", ())}
+    return {"data": [_front(everything), *marks], "layout": layout}
+
+
+def _front(rows: Sequence[Row]) -> Chart:
+    """A line through the points that no other point beats in both."""
+    found: list[tuple[float, float]] = []
+    points = [(row["speedup"]["p50"], row["psnr_db"]["p50"]) for row in rows]
+    for x, y in sorted(points, reverse=True):
+        if not found or y > found[-1][1]:
+            found.append((x, y))
+    return {
+        "type": "scatter",
+        "mode": "lines",
+        "x": [x for x, _ in found],
+        "y": [y for _, y in found],
+        "line": {"width": 1.5, "color": COLOURS[0]},
+        "hoverinfo": "skip",
+    }
+
+
+def _mark(row: Row, colour: str, title: str, *, rival: bool) -> Chart:
+    """One point with its error bars."""
+    mark: Chart = {"type": "scatter", "mode": "markers"}
+    for key, spread in (("x", row["speedup"]), ("y", row["psnr_db"])):
+        mark[key] = [spread["p50"]]
+        mark[f"error_{key}"] = {
+            "array": [spread["p90"] - spread["p50"]],
+            "arrayminus": [spread["p50"] - spread["p10"]],
+            "thickness": 1.2,
+            "width": 4,
+        }
+    name = f"<b>{_text(row['name'])}</b>" + (f" of {_text(title)}" if title else "")
+    figures = f"%{{x:.2f}}x, %{{y:.1f}} dB<br>{count(row['samples'], 'sample')}"
+    return mark | {
+        "marker": {"size": 11, "color": colour, "symbol": "x" if rival else "circle"},
+        "hovertemplate": f"{name}<br>{figures}<extra></extra>",
+    }
+
+
+def _label(row: Row, drawn: Sequence[Row]) -> Chart:
+    """The name of a point above its error bar, or below where its nearest neighbour is higher."""
+    x, y = row["speedup"]["p50"], row["psnr_db"]
+    others = [other for other in drawn if other is not row]
+    nearest = min(others, key=lambda other: abs(other["speedup"]["p50"] - x), default=row)
+    above = y["p50"] >= nearest["psnr_db"]["p50"]
+    return {
+        "text": _text(row["name"]).replace(" + ", "<br>+ "),  # narrow, for phones
+        "x": x,
+        "y": y["p90"] if above else y["p10"],
+        "yanchor": "bottom" if above else "top",
+        "showarrow": False,
+    }
+
+
+def step_plan(steps: dict[str, Any]) -> Chart:
+    """What every slot does at every step, as a heat map."""
+    rows, used = steps["plan"], [kind for kind in KINDS if kind in "".join(steps["plan"])]
+    names = [KINDS[kind][0] for kind in used]
+    codes = [[used.index(kind) for kind in row] for row in rows]
+    share = 1 / len(used)
+    scale = [
+        [edge, KINDS[kind][1]]
+        for i, kind in enumerate(used)
+        for edge in (i * share, (i + 1) * share)
+    ]
+    data = {
+        "type": "heatmap",
+        "z": codes,
+        "x": list(range(len(steps["timesteps"]))),
+        "y": steps["slots"],
+        "zmin": -0.5,
+        "zmax": len(used) - 0.5,
+        "colorscale": scale,
+        "text": [[names[code] for code in row] for row in codes],
+        "customdata": [steps["timesteps"]] * len(rows),
+        "hovertemplate": "%{y}<br>step %{x}, timestep %{customdata}: %{text}<extra></extra>",
+        "xgap": 1,
+        "ygap": 1,
+        "showscale": False,
+    }
+    layout = _layout("step", "") | {"height": max(220, min(900, 90 + 18 * len(rows)))}
+    layout["yaxis"] |= {"autorange": "reversed", "type": "category"}
+    return {"data": [data], "layout": layout}
+
+
+def kinds_of(steps: dict[str, Any]) -> list[tuple[str, str, int]]:
+    """For the key of that heat map: name, colour and number of (slot, step)."""
+    cells = "".join(steps["plan"])
+    found = [(*KINDS[kind], cells.count(kind)) for kind in KINDS]
+    return [entry for entry in found if entry[2]]
+
+
+def lines(values: dict[str, list[float]], colours: dict[str, str], *, title: str) -> Chart:
+    """One line over the steps for each name."""
+    data = [
+        {
+            "type": "scatter",
+            "mode": "lines",
+            "name": _text(name),
+            "x": list(range(len(row))),
+            "y": row,
+            "line": {"color": colours[name], "width": 2},
+            "hovertemplate": f"<b>{_text(name)}</b><br>step %{{x}}: %{{y:.4g}}<extra></extra>",
+        }
+        for name, row in values.items()
+    ]
+    layout = _layout("step", title) | {"height": 340, "showlegend": len(data) > 1}
+    return {"data": data, "layout": layout}
+
+
+def table_map(table: list[list[float]], slots: list[str], title: str) -> Chart:
+    """A value of each slot at each step, as a heat map with its scale."""
+    data = {
+        "type": "heatmap",
+        "z": table,
+        "x": list(range(len(table[0]))),
+        "y": slots,
+        "colorscale": "Viridis",
+        "hovertemplate": f"%{{y}}<br>step %{{x}}: %{{z:.4g}} ({_text(title)})<extra></extra>",
+        "colorbar": {"thickness": 12, "outlinewidth": 0},
+    }
+    layout = _layout("step", "") | {"height": max(220, min(900, 90 + 18 * len(slots)))}
+    layout["yaxis"] |= {"autorange": "reversed", "type": "category"}
+    return {"data": [data], "layout": layout}
+
+
+def _layout(across: str, up: str) -> Chart:
+    axis: Chart = {"zeroline": False, "automargin": True}
+    return {
+        "xaxis": axis | {"title": {"text": across}},
+        "yaxis": axis | {"title": {"text": up}},
+        "showlegend": False,
+        "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
+        "dragmode": False,  # a finger on the chart still scrolls the page
+        "hovermode": "closest",
+        "margin": {"l": 50, "r": 16, "t": 36, "b": 50},
+        "paper_bgcolor": "rgba(0,0,0,0)",
+        "plot_bgcolor": "rgba(0,0,0,0)",
+        "modebar": {"bgcolor": "rgba(0,0,0,0)", "color": COLOURS[0], "activecolor": COLOURS[1]},
+        "font": {"family": "system-ui, sans-serif", "size": 13},
+    }
+
+
+def _text(text: str) -> str:
+    """Text as it is: plotly.js reads some HTML in it."""
+    return text.replace("&", "&amp;").replace("<", "&lt;")
+
+
+def _range(rows: Sequence[Row], key: str, also: tuple[float, ...]) -> list[float]:
+    """An axis range around all error bars with room for labels."""
+    ends = [*also, *(row[key][end] for row in rows for end in ("p10", "p90"))]
+    room = 0.18 * (max(ends) - min(ends)) or 0.5
+    return [min(ends) - room, max(ends) + room]

@@ -1,0 +1,149 @@
+"""The one writer of pages: figures in, a single HTML file out that loads nothing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from ditcast.bundle import Bundle
+from ditcast.errors import optional
+from ditcast.runtime import charts, sections
+from ditcast.runtime.charts import COLOURS
+from ditcast.runtime.images import Pixels
+from ditcast.runtime.verdict import Row, compared, gains, interaction, notes, verdict
+
+TEMPLATES = Path(__file__).parent / "templates"
+PLOTS = ("speed", "closeness", "plan", "forecast", "ranges")
+MAPPED_LAYERS = 8  # lines in the plot of input scales: more cannot be told apart
+
+Values = dict[str, Any]
+
+
+def render(
+    bundle: Bundle,
+    figures: Values,
+    pictures: dict[str, Pixels],
+    audit: Values | None,
+    audit_note: str,
+) -> str:
+    """The page of one bundle as text.
+
+    `pictures` are (n, H, W, 3) per variant; `audit_note` says why there is no audit.
+
+    Raises:
+        MissingDependencyError: the `report` extra is not installed.
+    """
+    jinja2, plotly = optional("jinja2", "report"), optional("plotly.io", "report")
+    rows = figures["variants"]
+    colours = {row["name"]: COLOURS[i % len(COLOURS)] for i, row in enumerate(rows)}
+    made = gains(rows)
+    text = _template(jinja2, "report.html.j2").render(
+        report=figures,
+        rows=rows,
+        headline=made[-1] if made else None,
+        verdict=verdict(figures),
+        compared=compared(figures),
+        notes=notes(figures),
+        strips=sections.strips(figures, pictures),
+        colours=colours,
+        rounds=math.ceil(figures["request"]["images"] / figures["request"]["batch"]),
+        factors=sections.factors(figures),
+        interaction=interaction(figures),
+        plots=_plots(figures, colours, plotly),
+        kinds=charts.kinds_of(figures["steps"]) if figures["steps"]["plan"] else [],
+        audit=None if audit is None else sections.audited(audit),
+        audit_note=audit_note,
+        facts=sections.facts(bundle, figures),
+        command=sections.command(bundle, figures),
+    )
+    return str(text)
+
+
+def render_comparison(
+    *,
+    entries: Sequence[Any],
+    best: list[Row],
+    pictured: list[tuple[Row, Pixels]],
+    colours: dict[str, str],
+    **words: Any,
+) -> str:
+    """The page of several reports as text.
+
+    `entries` have a title and figures. `best` are the rows of what each bundle runs, called as
+    the entries are, and `pictured` those with pictures, full precision's first; it may be empty.
+
+    Raises:
+        MissingDependencyError: the `report` extra is not installed.
+    """
+    jinja2, plotly = optional("jinja2", "report"), optional("plotly.io", "report")
+    groups = [(entry.title, entry.figures["variants"]) for entry in entries]
+    own = [colours[entry.title] for entry in entries]
+    chart = charts.speed_fidelity(groups, own)
+    shown = {"variants": [row for row, _ in pictured]}
+    text = _template(jinja2, "compare.html.j2").render(
+        entries=[
+            {
+                "title": entry.title,
+                "figures": entry.figures,
+                "colour": colours[entry.title],
+                "colours": {
+                    row["name"]: COLOURS[i % len(COLOURS)]
+                    for i, row in enumerate(entry.figures["variants"])
+                },
+            }
+            for entry in entries
+        ],
+        best=best,
+        colours=colours,
+        strips=sections.strips(shown, {row["name"]: pictures for row, pictures in pictured}),
+        chart=charts.html(chart, "plot-speed", plotly, first=True) if chart["data"] else "",
+        **words,
+    )
+    return str(text)
+
+
+def _template(jinja2: ModuleType, name: str) -> Any:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(name)
+
+
+def _plots(figures: Values, colours: dict[str, str], plotly: ModuleType) -> dict[str, str]:
+    """The plots as HTML, empty where there is nothing to draw; the first brings plotly.js."""
+    rows, steps = figures["variants"], figures["steps"]
+    found = {"speed": charts.speed_fidelity([("", rows)], list(colours.values()))}
+    close = {name: row for name, row in steps["closeness_db"].items() if name in colours}
+    if not figures["bundle"]["random_weights"]:
+        found["closeness"] = charts.lines(close, colours, title="dB")
+    if steps["plan"]:
+        found["plan"] = charts.step_plan(steps)
+    if steps["forecast_error"]:
+        title = "error of the forecast"
+        found["forecast"] = charts.table_map(steps["forecast_error"], steps["slots"], title)
+    if steps["ranges"]:
+        ranges = _widest(steps["ranges"])
+        own = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(ranges)}
+        found["ranges"] = charts.lines(ranges, own, title="scale, relative to its largest")
+    html = dict.fromkeys(PLOTS, "")
+    for name, figure in found.items():
+        if figure["data"]:
+            html[name] = charts.html(figure, f"plot-{name}", plotly, first=not any(html.values()))
+    return html
+
+
+def _widest(ranges: dict[str, list[float]]) -> dict[str, list[float]]:
+    """The layers whose input scale varies the most over the steps, relative to its largest."""
+
+    def variation(name: str) -> float:
+        return min(ranges[name]) / max(ranges[name])
+
+    chosen = sorted(ranges, key=variation)[:MAPPED_LAYERS]
+    return {name: [value / max(ranges[name]) for value in ranges[name]] for name in chosen}

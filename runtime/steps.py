@@ -1,0 +1,106 @@
+"""What happens at each timestep, for the report: the plan of every slot, errors, and ranges."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ditcast import tensors
+from ditcast.bundle import Bundle
+from ditcast.cache import StepPlan
+from ditcast.cache.fitted import Fitted, recipe_plan
+from ditcast.runtime.images import PSNR_CAP
+from ditcast.runtime.pipeline import Pipeline
+
+FULL, REUSED, FORECAST, HELD = "f", "r", "p", "h"  # computed, reused, predicted, held back
+Samples = NDArray[np.float32]
+
+
+def describe(
+    pipeline: Pipeline, cache: str, full: NDArray[np.bool_], paths: dict[str, Samples]
+) -> dict[str, Any]:
+    """Everything that has a value per timestep, as plain values.
+
+    `pipeline` is what the bundle runs, and `full` (T,) says which steps were. `paths` are the
+    samples (T, n, C, H, W) after each step of the variants with that many steps, full precision's
+    first.
+    """
+    bundle, steps = pipeline.bundle, len(full)
+    timesteps = pipeline.schedule.timesteps(steps)
+    wanted, *made = paths.values()
+    errors = {
+        name: [round(float(db), 2) for db in closeness_db(path, wanted)]
+        for name, path in zip(list(paths)[1:], made, strict=True)
+    }
+    plan = pipeline.plan(steps, cache)
+    deployed = steps == bundle.manifest.recipe.steps and cache == bundle.manifest.recipe.cache
+    fitted = pipeline.fitted if deployed else Fitted()
+    asked = recipe_plan(bundle.manifest) if deployed else plan
+    return {
+        "timesteps": timesteps.tolist(),
+        "slots": list(bundle.manifest.model.slots),
+        "plan": None if cache == "none" else kinds(plan, asked, full),
+        "closeness_db": errors,
+        "forecast_error": _table(fitted.forecast),
+        "reuse_error": _table(fitted.reuse),
+        **_calibrated(bundle, timesteps),
+    }
+
+
+def kinds(plan: StepPlan, asked: StepPlan, full: NDArray[np.bool_]) -> list[str]:
+    """What each slot does at each step, one letter per step and one text per slot.
+
+    `asked` is the plan before the noise guard: where it has a forecast and `plan` has none, that
+    is held back. `full` (T,) are the steps that computed everything.
+    """
+    forecast = np.count_nonzero(plan.weights, axis=1) > 1  # (T, slots)
+    held = (np.count_nonzero(asked.weights, axis=1) > 1) & ~forecast
+    found = np.where(forecast, FORECAST, REUSED)
+    found = np.where(held, HELD, found)
+    found[full] = FULL
+    return ["".join(column) for column in found.T]
+
+
+def closeness_db(path: Samples, wanted: Samples) -> NDArray[np.float64]:
+    """PSNR of the samples after each step, over the range of those wanted, (T,); at most 100."""
+    axes = (1, 2, 3, 4)
+    error = np.square(path.astype(np.float64) - wanted).mean(axis=axes)
+    spans = np.square(wanted.max(axis=axes).astype(np.float64) - wanted.min(axis=axes))
+    spans = np.maximum(spans, np.finfo(np.float32).tiny)  # of a sample that is the same all over
+    found: NDArray[np.float64] = -10 * np.log10(np.maximum(error / spans, 10 ** (-PSNR_CAP / 10)))
+    return found
+
+
+def _table(values: NDArray[np.float32] | None) -> list[list[float]] | None:
+    """A table (T, slots) with four digits, slots first."""
+    if values is None:
+        return None
+    return [[float(f"{value:.4g}") for value in column] for column in values.T]
+
+
+def _varies(name: str) -> bool:
+    """Whether a tensor of calibration may have a value per step."""
+    return name in ("edges", "stored|module") or name.endswith("|activation")
+
+
+def _calibrated(bundle: Bundle, timesteps: NDArray[np.int64]) -> dict[str, Any]:
+    """Input scales that differ from step to step, and where temporal features come from.
+
+    A letter of the selection says whether the vectors of a part are computed by its module (m) or
+    stored (c), one text per part.
+    """
+    section = bundle.manifest.quantization
+    ranges: dict[str, list[float]] = {}
+    selection = None
+    if section is not None:
+        found, _ = tensors.load(bundle.file(section.file), _varies)
+        bins = (timesteps[:, None] >= found["edges"]).sum(axis=1)
+        for name, scales in found.items():
+            if name.endswith("|activation") and scales.ndim:
+                ranges[name.split("|")[1]] = [float(f"{scale:.4g}") for scale in scales[bins]]
+        if "stored|module" in found:
+            parts = found["stored|module"].astype(bool).T
+            selection = ["".join("mc"[not module] for module in part) for part in parts]
+    return {"ranges": ranges, "selection": selection}

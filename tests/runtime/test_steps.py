@@ -1,0 +1,72 @@
+"""What the report says of each timestep: plans and errors by hand, the rest of a real bundle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ditcast import tensors
+from ditcast.cache import make_plan
+from ditcast.cache.fitted import of_target, recipe_plan
+from ditcast.cache.guard import guarded
+from ditcast.models import LoadedModel
+from ditcast.runtime import Pipeline
+from ditcast.runtime.steps import closeness_db, describe, kinds
+from tests.conftest import make_bundle
+
+
+def test_kinds_of_slots_and_steps() -> None:
+    """TaylorSeer of order 1 from the second full step on; one slot held back at step 3."""
+    plan = make_plan("taylor", steps=6, interval=2, slots=2)
+    assert kinds(plan, plan, plan.full) == ["ffpfpf", "ffpfpf"]
+    forecast = np.zeros((6, 2), np.float32)
+    forecast[4, 1] = 1
+    safe = guarded(plan, forecast, np.full((6, 2), 0.5, np.float32))
+    assert kinds(safe, plan, plan.full) == ["ffpfpf", "ffpfhf"]
+    hold = make_plan("fora", steps=6, interval=3, slots=1)
+    assert kinds(hold, hold, hold.full) == ["frfrrf"]
+    assert kinds(hold, hold, np.ones(6, bool)) == ["ffffff"]  # what ran counts
+
+
+def test_closeness_by_hand() -> None:
+    """An error of a hundredth of each step's own range is 40 dB; none is the cap."""
+    wanted = np.zeros((3, 2, 1, 2, 2), np.float32)
+    wanted[:, :, :, 0] = np.array([1, 10, 1], np.float32)[:, None, None, None]
+    path = wanted + np.array([0.01, 0.1, 0], np.float32)[:, None, None, None, None]
+    assert closeness_db(path, wanted) == pytest.approx([40, 40, 100], abs=0.01)
+
+
+def test_what_calibration_found_per_step(tiny: LoadedModel, tmp_path: Path) -> None:
+    """Scales that differ per step, the choice of stored features, and errors of forecasts."""
+    keys: dict[str, Any] = {
+        "cache": "taylor",
+        "guard": "on",
+        "fsc": "all",
+        "temporal": "select",
+        "order": 1,
+    }
+    bundle = make_bundle(tiny, tmp_path / "b", **keys)
+    pipeline = Pipeline(bundle)
+    plan = pipeline.plan()
+    paths = dict.fromkeys(("full precision", "w8a8 + cache"), np.ones((6, 1, 3, 4, 4), np.float32))
+    found = describe(pipeline, "taylor", plan.full, paths)
+    assert bundle.manifest.cache is not None
+    assert "".join(found["plan"]).count("h") == bundle.manifest.cache.held_back
+    assert found["plan"] == kinds(plan, recipe_plan(bundle.manifest), plan.full)
+    fitted = of_target(bundle, "onnxruntime")
+    assert fitted.forecast is not None
+    np.testing.assert_allclose(np.array(found["forecast_error"]).T, fitted.forecast, rtol=1e-3)
+    assert bundle.manifest.quantization is not None
+    scales, _ = tensors.load(bundle.file(bundle.manifest.quantization.file))
+    for name, ranges in found["ranges"].items():
+        assert len(ranges) == 6
+        assert set(ranges) <= {float(f"{s:.4g}") for s in scales[f"layers|{name}|activation"]}
+    assert "blocks.0.attn.qkv" in found["ranges"]
+    module = scales.get("stored|module")
+    assert (found["selection"] is None) == (module is None)
+    if module is not None:
+        assert "".join(found["selection"]).count("m") == int(module.sum())
+        assert {len(part) for part in found["selection"]} == {6}

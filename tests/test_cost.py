@@ -1,0 +1,34 @@
+"""What compiling cost: only of stages that did something, and for as long as it is known."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ditcast.commands.cost import Cost
+from ditcast.runtime import kept
+from tests import bundles, reports
+from tests.reports import NAMES, make_report
+
+
+def test_a_stage_that_changed_nothing_costs_nothing(tmp_path: Path) -> None:
+    bundle = bundles.make(tmp_path / "b")
+    cost = Cost(bundle)
+    cost.stage("calibrate")
+    bundles.stage(bundle, {"graphs/reference/full.onnx": b"another"})
+    bundle.commit({})
+    cost.stage("export")
+    assert list(cost.found) == ["export"]
+    assert cost.found["export"]["seconds"] >= 0
+    assert cost.found["export"]["peak_memory_mib"] > 10
+
+
+def test_the_next_measurement_knows_it(tmp_path: Path) -> None:
+    """Until the graphs change."""
+    bundle = reports.exported(bundles.make(tmp_path / "b"))
+    assert kept.known_cost(bundle) == {}
+    report = make_report(bundle, *NAMES)
+    reports.keep(bundle, report)
+    assert kept.known_cost(bundle) == report["cost"] != {}
+    bundles.stage(bundle, {"graphs/reference/full.onnx": b"another"})
+    bundle.commit({})
+    assert kept.known_cost(bundle) == {}
