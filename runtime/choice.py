@@ -51,8 +51,8 @@ def open_backend(name: str, bundle: Bundle, settings: Settings | None = None) ->
     return backend
 
 
-def check_backend(name: str, settings: Settings) -> None:
-    """Refuse a backend that cannot run here, before the long work.
+def check_backend(name: str, settings: Settings, policy: str = "none") -> None:
+    """Refuse a backend that cannot run here, or not with a cache policy, before the long work.
 
     Raises:
         ConfigError, MissingDependencyError: as `make_backend`.
@@ -65,7 +65,20 @@ def check_backend(name: str, settings: Settings) -> None:
             f"--backend {name}"
         )
     if name != AUTO:
-        make_backend(name, settings)
+        check_policy(policy, make_backend(name, settings))
+
+
+def check_policy(policy: str, backend: Backend) -> None:
+    """Refuse a cache policy whose steps a backend does not run well.
+
+    Raises:
+        ConfigError: naming others.
+    """
+    if policy == "learned" and "graph" not in backend.loops:
+        raise ConfigError(
+            f"cache: got learned, whose branches backend {backend.name} does not run well; "
+            "use --backend onnxruntime, or --cache taylor"
+        )
 
 
 def targets_of(name: str) -> tuple[str, ...]:
@@ -100,6 +113,7 @@ def _measure(bundle: Bundle, settings: Settings) -> tuple[Backend, str]:
     for name in BACKENDS:
         try:
             backend = make_backend(name, settings)
+            check_policy(bundle.manifest.recipe.cache, backend)
             run = golden_step(bundle, backend)
             db = run()
         except MissingDependencyError:

@@ -20,7 +20,7 @@ from ditcast.cache.stepping import held, stepper
 from ditcast.errors import ConfigError
 from ditcast.manifest import REFERENCE
 from ditcast.runtime.backends import Backend, Session, graph_file
-from ditcast.runtime.choice import open_backend
+from ditcast.runtime.choice import check_policy, open_backend
 from ditcast.runtime.machine import available_memory_mib
 from ditcast.runtime.request import HostRequest
 from ditcast.sampling import (
@@ -108,11 +108,7 @@ class Pipeline:
             self._check_graphs(f"a plan of form {cache.form}", cache)
             return cache
         policy = cache or self.recipe.cache
-        if policy == "learned" and "graph" not in self.backend.loops:
-            raise ConfigError(
-                f"cache: got learned, whose branches backend {self.backend.name} does not run "
-                "well; use --backend onnxruntime, or --cache taylor"
-            )
+        check_policy(policy, self.backend)
         if self._deployed(steps, cache):
             return self.fitted.plan(self.bundle.manifest)
         found = make_plan(

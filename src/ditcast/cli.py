@@ -81,6 +81,7 @@ def compile_command(
 
     check_backend(backend, settings)  # what is wrong should be said before the long work
     bundle, loaded = _start(model, output, recipe_file, flags, strict)
+    check_backend(backend, settings, bundle.manifest.recipe.cache)
     cost = Cost(bundle)
     _calibrate(bundle, loaded)
     cost.stage("calibrate")

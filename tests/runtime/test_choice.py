@@ -84,6 +84,13 @@ def test_a_bad_number_of_threads_is_no_reason_to_choose_another(narrow_bundle: B
             act("auto", narrow_bundle, Settings(threads=999))
 
 
+def test_a_policy_that_a_backend_runs_badly() -> None:
+    """Before the long work, with the backend that runs it well."""
+    check_backend("onnxruntime", Settings(), "learned")
+    with pytest.raises(ConfigError, match="cache: got learned, whose branches backend openvino do"):
+        check_backend("openvino", Settings(), "learned")
+
+
 def test_targets_of_a_backend() -> None:
     assert targets_of("onnxruntime") == ("onnxruntime",)
     assert targets_of("openvino") == ("onnxruntime", "openvino")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ditcast import recipe as recipes
 from ditcast.bundle import Bundle
@@ -37,8 +37,9 @@ def compiler(
     from ditcast.runtime.choice import targets_of
 
     def compiled(scheme: str, method: str) -> Bundle:
-        keys = {"scheme": scheme, "method": method, "cache": "none", "guard": "off"}
-        keys |= {"correction": "none", "trajectories": "full"}
+        keys: dict[str, Any] = {"scheme": scheme, "method": method, "cache": "none"}
+        keys |= {"guard": "off", "correction": "none", "trajectories": "full"}
+        keys |= {"threshold": None, "router": None, "reuse": None, "router_on": "float"}
         recipe = recipes.make(base.model_dump(mode="json") | keys)
         path = folder / "bundles" / f"{scheme}-{method}.bundle"
         bundle = Bundle.create(path, describe(loaded, recipe))
