@@ -125,7 +125,8 @@ class EngineBuilder:
                 "profile": {x: {str(a): r for a, r in axes.items()} for x, axes in profile.items()},
             }
             (folder / "job.json").write_text(json.dumps(job))
-            command = [sys.executable, "-m", "ditcast.runtime.backends.tensorrt", str(folder)]
+            # With -P, no file of the current directory takes the place of a module.
+            command = [sys.executable, "-P", "-m", __spec__.name, str(folder)]
             done = subprocess.run(command, check=False, preexec_fn=_keep_addresses)
             if not (folder / "result.json").is_file():
                 raise UnsupportedError(

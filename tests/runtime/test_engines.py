@@ -208,7 +208,7 @@ def test_what_a_build_needs(cli: Cli, shared_bundle: Bundle, built: Bundle) -> N
         pytest.skip("this machine has a GPU")
     ada = ["--backend", RTX, "--compute-capability", "8.9"]
     for arguments, message in (
-        ([shared_bundle.path, *ada], "tensorrt"),
+        ([shared_bundle.path, *ada], "no graph 'temporal' for target 'tensorrt'; it has targets"),
         ([built.path, *ada, "--graph", "partial"], "graph: unknown 'partial'; expected one of"),
         ([built.path, "--backend", RTX], "compute-capability: got none, and this machine has no"),
         ([built.path, "--backend", "tensorrt"], "backend tensorrt: needs an NVIDIA GPU to build"),
