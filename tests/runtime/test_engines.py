@@ -185,6 +185,7 @@ def test_the_command_line(cli: Cli, typed_bundle: Bundle, tmp_path: Path) -> Non
     assert done.code == 0, done.err
     assert "8 of 8 quantized layers of full.onnx kept their integers" in done.out
     assert json.loads((tmp_path / "audit.json").read_text())[0]["passed"]
+    assert "tensorrt-rtx/full (sm89+sm120)" in cli("inspect", path).out
     done = cli("audit", path, "--backend", RTX, "--loop", "graph")
     assert (done.code, done.out) == (2, "")
     assert "has none of sampler.onnx for tensorrt-rtx; run: ditcast build" in done.err
