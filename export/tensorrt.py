@@ -115,19 +115,24 @@ def _split(graph: gs.Graph, product: gs.Node) -> None:
     while len(tensor.outputs) == 1 and tensor.outputs[0].op in ("Add", "Mul"):
         chain.append((tensor.outputs[0], tensor))
         tensor = tensor.outputs[0].outputs[0]
+    others = [x for node, before in chain for x in node.inputs if x is not before]
     if len(tensor.outputs) != 1 or tensor.outputs[0].op != "Split":
         return
     parts = list(tensor.outputs[0].outputs)
+    if tensor.outputs[0].attrs["axis"] not in (-1, len(parts[0].shape) - 1):
+        return
+    if not all(isinstance(x, gs.Constant) or (x.shape or [0])[-1] == 1 for x in others):
+        return  # an operand that would have to be split as well
     widths = [int(part.shape[-1]) for part in parts]
     tensor.outputs[0].outputs.clear()
     start = 0
     for i, (part, width) in enumerate(zip(parts, widths, strict=True)):
         columns = slice(start, start + width)
         start += width
-        names = [product, *(node for node, _ in chain)]
+        nodes = [product, *(node for node, _ in chain)]
         made: gs.Tensor = _weight(graph, product, columns, i)
         inputs = [product.inputs[0], made]
-        for k, node in enumerate(names):
+        for k, node in enumerate(nodes):
             if k:
                 before = chain[k - 1][1]
                 inputs = [made if x is before else _columns(x, columns, i) for x in node.inputs]

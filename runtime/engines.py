@@ -13,7 +13,7 @@ from ditcast.errors import BundleError, ConfigError, UnsupportedError
 from ditcast.manifest import Engine, Manifest, hash_file
 from ditcast.progress import say
 from ditcast.runtime.backends import GraphFile, graph_file
-from ditcast.runtime.backends.enginelog import EngineLayer
+from ditcast.runtime.backends.enginelog import EngineLayer, parse_layers
 from ditcast.runtime.backends.tensorrt import FLAGS, EngineBuilder, Profile, Range
 from ditcast.runtime.trust import check_signature, sign
 from ditcast.sampling import needs_noise
@@ -103,7 +103,7 @@ def _describe(bundle: Bundle, builder: EngineBuilder, graph: str, file: GraphFil
         made_from=made_from,
         key=key,
         path=f"{stem}.plan",
-        layers=f"{stem}.json",
+        layers=f"{stem}.layers.txt",
         weights_bytes=0,
         build_s=0.0,
     )
@@ -116,7 +116,7 @@ def _build(bundle: Bundle, builder: EngineBuilder, wanted: Engine, file: GraphFi
     )
     plan = bundle.staged(engine.path)
     plan.write_bytes(built.plan)
-    bundle.staged(engine.layers).write_text(json.dumps(built.layers, indent=1) + "\n")
+    bundle.staged(engine.layers).write_text(built.listing)
     engine = engine.model_copy(update={"signature": sign(engine, hash_file(plan))})
     kept: list[Engine] = []
     stale: list[Engine] = []
@@ -177,7 +177,7 @@ def layers_of(bundle: Bundle, engine: Engine) -> list[EngineLayer]:
 
     Raises:
         BundleError: the file is damaged.
+        UnsupportedError: it reads otherwise than known versions write it.
     """
     bundle.check(engine.layers)
-    listed = json.loads(bundle.file(engine.layers).read_text())
-    return [EngineLayer.of(values) for values in listed]
+    return parse_layers(bundle.file(engine.layers).read_text())

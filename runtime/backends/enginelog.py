@@ -1,14 +1,15 @@
 """What TensorRT says that it built: the layers of an engine, from the log of its builder.
 
-The inspector of an engine needs a GPU; the builder's log does not. With detailed verbosity it
-lists every layer with its kind, the types of what it reads and writes, and the ONNX nodes that
-went into it. The text is public, but not an interface: a line that is not understood is an error.
+The inspector of an engine needs a GPU; the builder's log, which has the same text, does not. With
+detailed verbosity it lists every layer with its kind, the types of what it reads and writes, and
+the ONNX nodes that went into it. The text is public, but not an interface: a line that is not
+understood is an error.
 """
 
 from __future__ import annotations
 
 import re
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from ditcast.errors import UnsupportedError
 
@@ -32,19 +33,18 @@ class EngineLayer(NamedTuple):
     outputs: tuple[str, ...]
     nodes: tuple[str, ...]
 
-    @classmethod
-    def of(cls, values: list[Any]) -> EngineLayer:
-        """From JSON."""
-        name, kind, *lists = values
-        return cls(name, kind, *(tuple(part) for part in lists))
-
 
 def parse_layers(message: str) -> list[EngineLayer]:
     """The layers in the message that begins with `Layers:`.
 
     Raises:
-        UnsupportedError: it reads otherwise than that of the versions that are known.
+        UnsupportedError: there is none, or it reads otherwise than that of known versions.
     """
+    if not message.startswith(LAYERS):
+        raise UnsupportedError(
+            "audit: the builder listed no layers; build again on a machine with a GPU, or with "
+            "--backend tensorrt-rtx"
+        )
     found = []
     listed = message.partition("\n\n")[0].splitlines()
     for line in listed:
@@ -56,9 +56,16 @@ def parse_layers(message: str) -> list[EngineLayer]:
                 f"audit: the builder's log has a layer that is not understood ({line[:80]!r}); "
                 "expected that of tensorrt-rtx 1.7 or tensorrt 11; install one of them"
             )
-        lists = [_TYPE.findall(match[key]) for key in ("inputs", "constants", "outputs")]
-        values = [match["name"], match["kind"], *lists, _NODE.findall(line)]
-        found.append(EngineLayer.of(values))
+        found.append(
+            EngineLayer(
+                name=match["name"],
+                kind=match["kind"],
+                inputs=tuple(_TYPE.findall(match["inputs"])),
+                constants=tuple(_TYPE.findall(match["constants"])),
+                outputs=tuple(_TYPE.findall(match["outputs"])),
+                nodes=tuple(_NODE.findall(line)),
+            )
+        )
     return found
 
 

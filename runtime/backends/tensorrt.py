@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 from ditcast.errors import ConfigError, MissingDependencyError, UnsupportedError
 from ditcast.progress import say
 from ditcast.runtime.backends.base import GraphFile
-from ditcast.runtime.backends.enginelog import LAYERS, EngineLayer, parse_layers, weights_bytes
+from ditcast.runtime.backends.enginelog import LAYERS, weights_bytes
 from ditcast.runtime.backends.gpu import find_gpu
 from ditcast.runtime.backends.refusals import WRONG_BLOCKS, explain, refused
 
@@ -48,10 +48,10 @@ LIBRARIES = {
 
 
 class Engine(NamedTuple):
-    """What a build gives."""
+    """What a build gives; `listing` is what the library says of its layers."""
 
     plan: bytes
-    layers: tuple[EngineLayer, ...]
+    listing: str
     weights_bytes: int
     build_s: float
 
@@ -125,7 +125,8 @@ class EngineBuilder:
                 "profile": {x: {str(a): r for a, r in axes.items()} for x, axes in profile.items()},
             }
             (folder / "job.json").write_text(json.dumps(job))
-            command = [sys.executable, "-m", "ditcast.runtime.backends.tensorrt", str(folder)]
+            # With -P, no file of the current directory takes the place of a module.
+            command = [sys.executable, "-P", "-m", __spec__.name, str(folder)]
             done = subprocess.run(command, check=False, preexec_fn=_keep_addresses)
             if not (folder / "result.json").is_file():
                 raise UnsupportedError(
@@ -135,9 +136,8 @@ class EngineBuilder:
             result = json.loads((folder / "result.json").read_text())
             if "error" in result:
                 raise UnsupportedError(f"backend {self.name}: {graph.path}: {result['error']}")
-            layers = tuple(EngineLayer.of(values) for values in result["layers"])
             plan = (folder / "engine.plan").read_bytes()
-        return Engine(plan, layers, result["weights_bytes"], result["build_s"])
+        return Engine(plan, result["listing"], result["weights_bytes"], result["build_s"])
 
 
 def no_gpu(name: str, action: str) -> str:
@@ -276,10 +276,19 @@ def build_here(job: dict[str, Any], plan: Path) -> dict[str, Any]:
     plan.write_bytes(serialized)
     listed = [text for text in texts if text.startswith(LAYERS)]
     return {
-        "layers": parse_layers(listed[-1]) if listed else [],
+        "listing": listed[-1] if listed else _inspect(trt, logger, plan),
         "weights_bytes": weights_bytes(texts),
         "build_s": round(time.perf_counter() - started, 3),
     }
+
+
+def _inspect(trt: Any, logger: Any, plan: Path) -> str:
+    """The layers by the library's own inspector, where its log does not list them: with a GPU."""
+    if find_gpu() is None:
+        return ""
+    engine = trt.Runtime(logger).deserialize_cuda_engine(plan.read_bytes())
+    inspector = engine.create_engine_inspector()
+    return str(inspector.get_engine_information(trt.LayerInformationFormat.ONELINE))
 
 
 def main(folder: Path) -> None:

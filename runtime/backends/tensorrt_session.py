@@ -21,6 +21,7 @@ class TensorRtSession:
 
     def __init__(self, trt: Any, engine: Any, device: Device, graph: GraphFile) -> None:
         """Read the engine's tensors; buffers are allocated when the first inputs come."""
+        self._buffers: dict[str, tuple[int, int]] = {}  # address and size
         self._engine, self._device, self._graph = engine, device, graph
         self._context = engine.create_execution_context()
         names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
@@ -28,7 +29,6 @@ class TensorRtSession:
         self._inputs = [n for n in names if modes[n] == trt.TensorIOMode.INPUT]
         self._outputs = [n for n in names if modes[n] == trt.TensorIOMode.OUTPUT]
         self._types = {name: trt.nptype(engine.get_tensor_dtype(name)) for name in names}
-        self._buffers: dict[str, tuple[int, int]] = {}  # address and size
 
     def run(self, feeds: Arrays, outputs: Sequence[str]) -> dict[str, NDArray[Any]]:
         """Compute the named outputs."""
@@ -108,11 +108,15 @@ class TensorRtSession:
         return address
 
     def close(self) -> None:
-        """Give the buffers back."""
-        self._device.wait()
-        for address, _ in self._buffers.values():
-            self._device.free(address)
-        self._buffers.clear()
+        """Give the buffers back; a session that nobody holds does it by itself."""
+        if self._buffers:
+            self._device.wait()
+        while self._buffers:
+            self._device.free(self._buffers.popitem()[1][0])
+
+    def __del__(self) -> None:
+        """A bundle can be run part by part, so that memory has to come back."""
+        self.close()
 
 
 class TensorRtBackend:

@@ -199,6 +199,7 @@ def test_the_command_line(cli: Cli, typed_bundle: Bundle, tmp_path: Path) -> Non
     assert done.code == 0, done.err
     assert "8 of 8 quantized layers of full.onnx kept their integers" in done.out
     assert json.loads((tmp_path / "audit.json").read_text())[0]["passed"]
+    assert "tensorrt-rtx/full (sm89+sm120)" in cli("inspect", path).out
     done = cli("audit", path, "--backend", RTX, "--loop", "graph")
     assert (done.code, done.out) == (2, "")
     assert "has none of sampler.onnx for tensorrt-rtx; run: ditcast build" in done.err
@@ -222,7 +223,7 @@ def test_what_a_build_needs(cli: Cli, shared_bundle: Bundle, built: Bundle) -> N
         pytest.skip("this machine has a GPU")
     ada = ["--backend", RTX, "--compute-capability", "8.9"]
     for arguments, message in (
-        ([shared_bundle.path, *ada], "tensorrt"),
+        ([shared_bundle.path, *ada], "no graph 'temporal' for target 'tensorrt'; it has targets"),
         ([built.path, *ada, "--graph", "partial"], "graph: unknown 'partial'; expected one of"),
         ([built.path, "--backend", RTX], "compute-capability: got none, and this machine has no"),
         ([built.path, "--backend", "tensorrt"], "backend tensorrt: needs an NVIDIA GPU to build"),

@@ -54,7 +54,7 @@ def builder(*capabilities: str) -> EngineBuilder:
 def built(model: onnx.ModelProto, folder: Path, precision: str, *capabilities: str) -> EngineAudit:
     """The audit of a graph of one layer."""
     path = qdq.save(model, folder)
-    layers = builder(*capabilities).build(GraphFile(path=path), ROWS).layers
+    layers = parse_layers(builder(*capabilities).build(GraphFile(path=path), ROWS).listing)
     expected = Layer(name="layer", block="", precision=precision, shape=(1, 1), positions=1)
     return audit_layers("one", SECTION, [expected], layers)
 
@@ -314,6 +314,8 @@ def test_the_log_is_understood_or_refused() -> None:
     ]
     with pytest.raises(UnsupportedError, match="a layer that is not understood"):
         parse_layers("Layers:\nName: a, Kind: gemm")
+    with pytest.raises(UnsupportedError, match="the builder listed no layers; build again on a"):
+        parse_layers("")
     assert weights_bytes(["Total Weights Memory: 12 bytes"]) == 12
     assert weights_bytes([]) == 0
 
