@@ -6,16 +6,21 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
-from ditcast.runtime.steps import FORECAST, FULL, HELD, REUSED
+from ditcast.runtime.steps import FORECAST, FULL, HELD, MODULE, REUSED, STORED
 from ditcast.runtime.verdict import Row, count, gains
 
 # Readable on white and on near-black.
 COLOURS = ("#8a8f98", "#2a9d8f", "#4f83e0", "#e0702f", "#b060c8", "#c9a227", "#d1495b", "#6a994e")
-KINDS = {  # of a slot at a step: what it is called and its colour
+Kinds = dict[str, tuple[str, str]]
+SLOTS: Kinds = {  # what a slot does at a step: what that is called and its colour
     FULL: ("computed", "#2a5f9e"),
     FORECAST: ("forecast", "#7fb8e8"),
     REUSED: ("reused", "#c9ced6"),
     HELD: ("held back by the noise guard", "#e0702f"),
+}
+SOURCES: Kinds = {  # where a vector of temporal features comes from
+    MODULE: ("computed by the quantized module", "#2a5f9e"),
+    STORED: ("stored", "#c9ced6"),
 }
 HEIGHT = 420  # CSS pixels
 Chart = dict[str, Any]
@@ -121,27 +126,27 @@ def _label(row: Row, drawn: Sequence[Row]) -> Chart:
     }
 
 
-def step_plan(steps: dict[str, Any]) -> Chart:
-    """What every slot does at every step, as a heat map."""
-    rows, used = steps["plan"], [kind for kind in KINDS if kind in "".join(steps["plan"])]
-    names = [KINDS[kind][0] for kind in used]
+def kind_map(rows: list[str], names: list[str], kinds: Kinds, timesteps: list[int]) -> Chart:
+    """A letter for each step, one text per name, as a heat map in the colours of the kinds."""
+    used = [kind for kind in kinds if kind in "".join(rows)]
+    words = [kinds[kind][0] for kind in used]
     codes = [[used.index(kind) for kind in row] for row in rows]
     share = 1 / len(used)
     scale = [
-        [edge, KINDS[kind][1]]
+        [edge, kinds[kind][1]]
         for i, kind in enumerate(used)
         for edge in (i * share, (i + 1) * share)
     ]
     data = {
         "type": "heatmap",
         "z": codes,
-        "x": list(range(len(steps["timesteps"]))),
-        "y": steps["slots"],
+        "x": list(range(len(timesteps))),
+        "y": list(map(_text, names)),
         "zmin": -0.5,
         "zmax": len(used) - 0.5,
         "colorscale": scale,
-        "text": [[names[code] for code in row] for row in codes],
-        "customdata": [steps["timesteps"]] * len(rows),
+        "text": [[words[code] for code in row] for row in codes],
+        "customdata": [timesteps] * len(rows),
         "hovertemplate": "%{y}<br>step %{x}, timestep %{customdata}: %{text}<extra></extra>",
         "xgap": 1,
         "ygap": 1,
@@ -152,10 +157,10 @@ def step_plan(steps: dict[str, Any]) -> Chart:
     return {"data": [data], "layout": layout}
 
 
-def kinds_of(steps: dict[str, Any]) -> list[tuple[str, str, int]]:
-    """For the key of that heat map: name, colour and number of (slot, step)."""
-    cells = "".join(steps["plan"])
-    found = [(*KINDS[kind], cells.count(kind)) for kind in KINDS]
+def key_of(rows: list[str] | None, kinds: Kinds) -> list[tuple[str, str, int]]:
+    """For the key of that heat map: what each kind is called, its colour, and how often it is."""
+    cells = "".join(rows or [])
+    found = [(*kinds[kind], cells.count(kind)) for kind in kinds]
     return [entry for entry in found if entry[2]]
 
 
@@ -183,7 +188,7 @@ def table_map(table: list[list[float]], slots: list[str], title: str) -> Chart:
         "type": "heatmap",
         "z": table,
         "x": list(range(len(table[0]))),
-        "y": slots,
+        "y": list(map(_text, slots)),
         "colorscale": "Viridis",
         "hovertemplate": f"%{{y}}<br>step %{{x}}: %{{z:.4g}} ({_text(title)})<extra></extra>",
         "colorbar": {"thickness": 12, "outlinewidth": 0},

@@ -93,7 +93,7 @@ class _Steps(_Part):
     forecast_error: list[list[float]] | None
     reuse_error: list[list[float]] | None
     ranges: dict[str, list[float]]
-    selection: list[str] | None
+    selection: list[Annotated[str, Field(pattern="^[mc]+$")]] | None
 
 
 class _Stage(_Part):

@@ -16,7 +16,7 @@ from ditcast.runtime.images import Pixels
 from ditcast.runtime.verdict import Row, compared, gains, interaction, notes, verdict
 
 TEMPLATES = Path(__file__).parent / "templates"
-PLOTS = ("speed", "closeness", "plan", "forecast", "ranges")
+PLOTS = ("speed", "closeness", "plan", "forecast", "ranges", "selection")
 MAPPED_LAYERS = 8  # lines in the plot of input scales: more cannot be told apart
 
 Values = dict[str, Any]
@@ -53,7 +53,8 @@ def render(
         factors=sections.factors(figures),
         interaction=interaction(figures),
         plots=_plots(figures, colours, plotly),
-        kinds=charts.kinds_of(figures["steps"]) if figures["steps"]["plan"] else [],
+        slot_key=charts.key_of(figures["steps"]["plan"], charts.SLOTS),
+        source_key=charts.key_of(figures["steps"]["selection"], charts.SOURCES),
         audit=None if audit is None else sections.audited(audit),
         audit_note=audit_note,
         facts=sections.facts(bundle, figures),
@@ -124,7 +125,9 @@ def _plots(figures: Values, colours: dict[str, str], plotly: ModuleType) -> dict
     if not figures["bundle"]["random_weights"]:
         found["closeness"] = charts.lines(close, colours, title="dB")
     if steps["plan"]:
-        found["plan"] = charts.step_plan(steps)
+        found["plan"] = charts.kind_map(
+            steps["plan"], steps["slots"], charts.SLOTS, steps["timesteps"]
+        )
     if steps["forecast_error"]:
         title = "error of the forecast"
         found["forecast"] = charts.table_map(steps["forecast_error"], steps["slots"], title)
@@ -132,6 +135,11 @@ def _plots(figures: Values, colours: dict[str, str], plotly: ModuleType) -> dict
         ranges = _widest(steps["ranges"])
         own = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(ranges)}
         found["ranges"] = charts.lines(ranges, own, title="scale, relative to its largest")
+    if steps["selection"]:
+        parts = [f"part {i}" for i in range(len(steps["selection"]))]
+        found["selection"] = charts.kind_map(
+            steps["selection"], parts, charts.SOURCES, steps["timesteps"]
+        )
     html = dict.fromkeys(PLOTS, "")
     for name, figure in found.items():
         if figure["data"]:

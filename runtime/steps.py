@@ -15,6 +15,8 @@ from ditcast.runtime.images import PSNR_CAP
 from ditcast.runtime.pipeline import Pipeline
 
 FULL, REUSED, FORECAST, HELD = "f", "r", "p", "h"  # computed, reused, predicted, held back
+MODULE, STORED = "m", "c"  # temporal features: by the quantized module, stored
+
 Samples = NDArray[np.float32]
 
 
@@ -102,5 +104,6 @@ def _calibrated(bundle: Bundle, timesteps: NDArray[np.int64]) -> dict[str, Any]:
                 ranges[name.split("|")[1]] = [float(f"{scale:.4g}") for scale in scales[bins]]
         if "stored|module" in found:
             parts = found["stored|module"].astype(bool).T
-            selection = ["".join("mc"[not module] for module in part) for part in parts]
+            kinds_of = {True: MODULE, False: STORED}
+            selection = ["".join(kinds_of[bool(module)] for module in part) for part in parts]
     return {"ranges": ranges, "selection": selection}

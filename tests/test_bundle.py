@@ -70,7 +70,7 @@ def test_any_flipped_bit_is_found(victim: Path, name: str, place: float, bit: in
     path = victim / name
     restore = flip(path, int(place * path.stat().st_size), bit)
     try:
-        with pytest.raises(BundleError, match=r"SHA-256 differs|damaged|expected 3; this bundle"):
+        with pytest.raises(BundleError, match=r"SHA-256 differs|damaged|expected \d; this bundle"):
             check(victim)
     finally:
         restore()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,11 @@ import pytest
 from ditcast import recipe as recipes
 from ditcast import tuning
 from ditcast.bundle import Bundle
-from ditcast.tuning import Goal, Point, choose, describe, pareto, search
+from ditcast.tuning import Goal, Point, choose, describe, pareto, search, start
 from tests.conftest import RECIPE, Cli
 
 GOAL = Goal(max_loss=0.02, count=4, seed=1, fixed={})
+DEFAULT = Point(scheme="w8a8", method="absmax", cache="taylor", interval=4, order=1)
 LOSS = {"none": 0.0, "w8a8": 1.0, "w7a8": 2.0, "w4a8": 7.0}
 SPEED = {"none": 1.0, "w8a8": 1.6, "w7a8": 1.5, "w4a8": 1.7}
 
@@ -40,18 +42,18 @@ def points(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def test_a_point_at_least_as_good_as_the_default(tmp_path: Path) -> None:
     """The best of this model is w8a8 with taylor at interval 5: 4.8 times at 35 dB."""
-    found = search(tmp_path, GOAL, model, steps=50, trials=40)
+    found = search(tmp_path, GOAL, model, first=DEFAULT, steps=50, trials=40)
     assert len(found) == 40
     best = choose(found, GOAL)
     assert best is not None
     assert best["psnr_db"] >= GOAL.min_psnr == pytest.approx(33.98, abs=0.01)
-    default = Point(scheme="w8a8", method="absmax", cache="taylor", interval=4, order=1)
-    assert best["speedup"] >= next(model(default))["speedup"]
+    assert points(found)[0] == asdict(DEFAULT) == asdict(start(recipes.make({})))
+    assert best["speedup"] > next(model(DEFAULT))["speedup"]
 
 
 def test_a_search_that_was_killed_goes_on_as_it_would_have(tmp_path: Path) -> None:
     """In the middle of a trial, twice; the same points in the same order."""
-    wanted = search(tmp_path, GOAL, model, steps=50, trials=14)
+    wanted = search(tmp_path, GOAL, model, first=DEFAULT, steps=50, trials=14)
     other = tmp_path / "killed"
     other.mkdir()
     calls = 0
@@ -66,8 +68,8 @@ def test_a_search_that_was_killed_goes_on_as_it_would_have(tmp_path: Path) -> No
 
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
-            search(other, GOAL, killed, steps=50, trials=14)
-    found = search(other, GOAL, killed, steps=50, trials=14)
+            search(other, GOAL, killed, first=DEFAULT, steps=50, trials=14)
+    found = search(other, GOAL, killed, first=DEFAULT, steps=50, trials=14)
     assert found == wanted
     assert choose(found, GOAL) == choose(wanted, GOAL)
 
@@ -81,7 +83,7 @@ def test_hopeless_points_are_given_up_and_known_ones_are_not_measured_again(
         measured.append(point)
         yield from model(point)
 
-    found = search(tmp_path, GOAL, watched, steps=50, trials=30)
+    found = search(tmp_path, GOAL, watched, first=DEFAULT, steps=50, trials=30)
     assert len(measured) == len(set(measured)) < 30
     for entry in found:
         hopeless = entry["psnr_db"] < GOAL.min_psnr - tuning.HOPELESS_DB
@@ -91,7 +93,8 @@ def test_hopeless_points_are_given_up_and_known_ones_are_not_measured_again(
 def test_keys_that_are_given_are_not_searched(tmp_path: Path) -> None:
     """And intervals are not longer than the trajectory."""
     goal = Goal(max_loss=0.02, count=4, seed=1, fixed={"scheme": "w4a8", "cache": "fora"})
-    found = search(tmp_path, goal, model, steps=3, trials=10)
+    base = recipes.make({"steps": 3, "interval": 1, "order": 4, **goal.fixed})
+    found = search(tmp_path, goal, model, first=start(base), steps=3, trials=10)
     assert {(p["scheme"], p["cache"], p["order"]) for p in points(found)} == {("w4a8", "fora", 0)}
     assert {p["interval"] for p in points(found)} <= {2, 3}
 
@@ -110,10 +113,10 @@ def test_the_pareto_set_and_the_choice_by_hand() -> None:
 def test_another_search_in_the_same_folder(tmp_path: Path) -> None:
     from ditcast.errors import BundleError
 
-    search(tmp_path, GOAL, model, steps=50, trials=1)
+    search(tmp_path, GOAL, model, first=DEFAULT, steps=50, trials=1)
     other = Goal(max_loss=0.05, count=4, seed=1, fixed={})
     with pytest.raises(BundleError, match=r"holds a search with max_loss 0.02, asked for 0.05"):
-        search(tmp_path, other, model, steps=50, trials=1)
+        search(tmp_path, other, model, first=DEFAULT, steps=50, trials=1)
 
 
 def test_tuning_a_model(cli: Cli, tiny_dir: Path, tmp_path: Path) -> None:
@@ -177,4 +180,4 @@ def test_without_optuna(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setitem(sys.modules, "optuna", None)
     with pytest.raises(MissingDependencyError, match=r"pip install 'ditcast\[tune\]'"):
-        search(tmp_path, GOAL, model, steps=50, trials=1)
+        search(tmp_path, GOAL, model, first=DEFAULT, steps=50, trials=1)

@@ -149,13 +149,15 @@ def search(
     goal: Goal,
     measure: Callable[[Point], Iterator[dict[str, float]]],
     *,
+    first: Point,
     steps: int,
     trials: int,
     seconds: float = float("inf"),
 ) -> list[dict[str, Any]]:
     """Run trials until so many have been finished, or the time is up; returns all, in order.
 
-    `folder` holds the study: the same call goes on where an earlier one was killed.
+    The `first` one is given: what is found is never worse than that. `folder` holds the study: the
+    same call goes on where an earlier one was killed.
 
     Raises:
         BundleError: the folder holds a search for something else.
@@ -174,6 +176,9 @@ def search(
             study.tell(trial.number, state=states.FAIL)
         started = time.monotonic()
         while (number := len(_finished(study))) < trials and time.monotonic() - started < seconds:
+            if number == 0:
+                given = {k: v for k, v in first.keys().items() if k not in goal.fixed}
+                study.enqueue_trial(given)
             study.sampler = optuna.samplers.TPESampler(seed=number, n_startup_trials=8)
             _run(study, study.ask(), goal, measure, steps)
         return _finished(study)
@@ -204,6 +209,17 @@ def _run(
     if not known:
         speed = f"{figures['speedup']:.2f}x at {figures['psnr_db']:.1f} dB"
         say(f"tuning: {describe(point)}: {speed}" + (", loses too much" if short > 0 else ""))
+
+
+def start(base: Recipe) -> Point:
+    """The point of a recipe itself, as near as the search can come to it."""
+    return Point(
+        scheme=base.scheme if base.scheme in SCHEMES else SCHEMES[1],
+        method=base.method if base.method in METHODS else METHODS[0],
+        cache=base.cache if base.cache in CACHES else CACHES[-1],
+        interval=min(max(base.interval, INTERVALS[0]), INTERVALS[1], base.steps),
+        order=min(max(base.order, ORDERS[0]), ORDERS[1]),
+    )
 
 
 def suggest(trial: Any, fixed: dict[str, Any], steps: int) -> Point:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,10 +61,8 @@ class Visit:
         self.page.on("console", lambda message: self.complaints.append(message.text))
         self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
         self.page.on("request", lambda request: self.requests.append(request.url))
-        started = time.monotonic()
         self.page.goto(path.as_uri())
         self.page.wait_for_selector(".viewer:not([hidden])")
-        self.seconds = time.monotonic() - started
 
 
 @pytest.fixture(scope="module", params=SIZES, ids=["wide", "narrow"])
@@ -89,14 +86,18 @@ def test_it_opens_without_a_complaint(visit: Visit, written: Path) -> None:
     assert outside == []
 
 
-@pytest.mark.serial
 def test_it_opens_at_once(browser: Browser, written: Path) -> None:
-    """The fastest of some times, as other processes may have the cores."""
+    """By the time that the page's thread computes, as other processes may have the cores."""
     seconds = []
-    for _ in range(4):
-        visit = Visit(browser, written, SIZES[0])
-        seconds.append(visit.seconds)
-        visit.page.close()
+    for _ in range(3):
+        page = browser.new_page()
+        session = page.context.new_cdp_session(page)
+        session.send("Performance.enable", {"timeDomain": "threadTicks"})
+        page.goto(written.as_uri())
+        page.wait_for_selector(".viewer:not([hidden])")
+        metrics = session.send("Performance.getMetrics")["metrics"]
+        seconds += [metric["value"] for metric in metrics if metric["name"] == "ThreadTime"]
+        page.close()
     assert min(seconds) < MAX_SECONDS, seconds
 
 

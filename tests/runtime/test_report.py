@@ -246,7 +246,8 @@ def test_step_by_step(bundle: Bundle) -> None:
     report["steps"]["selection"] = ["mmmccc", "mccccc"]
     page = render(bundle, report)
     assert "Nothing is cached: every slot is computed at every step." in page.text
-    assert "Of 12 vectors (part and step), 8 are stored and 4 are computed" in page.text
+    assert "computed by the quantized module: 4 of 12 stored: 8 of 12" in page.text
+    assert 'id="plot-selection"' in page.source
     assert 'id="plot-plan"' not in page.source
 
 

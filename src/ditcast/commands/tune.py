@@ -70,7 +70,15 @@ def tune(
     goal = tuning.Goal(max_loss=max_loss, count=images, seed=base.seed + 1, fixed=fixed)
     bench = tuning.Bench(compiler(loaded, base, output, backend), base, backend, settings, goal)
     seconds = float("inf") if minutes is None else 60 * minutes
-    found = tuning.search(output, goal, bench, steps=base.steps, trials=trials, seconds=seconds)
+    found = tuning.search(
+        output,
+        goal,
+        bench,
+        first=tuning.start(base),
+        steps=base.steps,
+        trials=trials,
+        seconds=seconds,
+    )
     chosen = tuning.write(output, base, goal, found)
     rows = [["point of the Pareto set", "speed-up", "PSNR dB", "samples", ""]]
     for entry in tuning.pareto(found):
