@@ -306,9 +306,9 @@ def test_every_recipe_key_is_a_flag(cli: Cli) -> None:
     done = cli("compile", "--help")
     text = " ".join(done.out.split())
     for name, field in Recipe.model_fields.items():
-        assert (f"--{name} " in text) == (name != "rules")
+        assert (f"--{name.replace('_', '-')} " in text) == (name != "rules")
         if name != "rules":
-            default = "all" if field.default == () else field.default
+            default = {(): "all", None: "none"}.get(field.default, field.default)
             assert f"[default: {default}]" in text
 
 
