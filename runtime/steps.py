@@ -55,12 +55,15 @@ def kinds(plan: StepPlan, asked: StepPlan, full: NDArray[np.bool_]) -> list[str]
     """What each slot does at each step, one letter per step and one text per slot.
 
     `asked` is the plan before the noise guard: where it has a forecast and `plan` has none, that
-    is held back. `full` (T,) are the steps that computed everything.
+    is held back. A plan with a mask computes some slots of a step and reuses the others. `full`
+    (T,) are the steps that computed everything.
     """
     forecast = np.count_nonzero(plan.weights, axis=1) > 1  # (T, slots)
     held = (np.count_nonzero(asked.weights, axis=1) > 1) & ~forecast
     found = np.where(forecast, FORECAST, REUSED)
     found = np.where(held, HELD, found)
+    if plan.mask is not None:
+        found[plan.mask] = FULL
     found[full] = FULL
     return ["".join(column) for column in found.T]
 

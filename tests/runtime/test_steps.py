@@ -12,6 +12,7 @@ from ditcast import tensors
 from ditcast.cache import make_plan
 from ditcast.cache.fitted import of_target, recipe_plan
 from ditcast.cache.guard import guarded
+from ditcast.cache.learned import KEPT, routed
 from ditcast.models import LoadedModel
 from ditcast.runtime import Pipeline
 from ditcast.runtime.steps import closeness_db, describe, kinds
@@ -29,6 +30,20 @@ def test_kinds_of_slots_and_steps() -> None:
     hold = make_plan("fora", steps=6, interval=3, slots=1)
     assert kinds(hold, hold, hold.full) == ["frfrrf"]
     assert kinds(hold, hold, np.ones(6, bool)) == ["ffffff"]  # what ran counts
+
+
+def test_kinds_of_a_learned_plan() -> None:
+    """Each slot by its own mask: none of the steps behind the first one is full."""
+    router = np.full((4, 3), -KEPT, np.float32)
+    router[0] = KEPT
+    router[1, 0] = router[2, 1] = router[2, 0] = KEPT
+    plan = routed(router)
+    assert plan.full.tolist() == [True, False, False, False]
+    found = kinds(plan, plan, plan.full)
+    assert found == ["fffr", "frfr", "frrr"]
+    assert "".join(found).count("r") == round(plan.reused * plan.full.size * 3)
+    whole = make_plan("learned", steps=4, interval=2, slots=3)  # while there is no router
+    assert kinds(whole, whole, whole.full) == ["ffff"] * 3
 
 
 def test_closeness_by_hand() -> None:
