@@ -20,7 +20,7 @@ from ditcast.calibrate.simulate import quantized
 from ditcast.calibrate.trajectory import follow
 from ditcast.errors import ConfigError
 from ditcast.models import LoadedModel
-from ditcast.progress import counting, say
+from ditcast.progress import counting, tell
 from ditcast.recipe import Recipe
 from ditcast.sampling import correct
 
@@ -97,7 +97,7 @@ def fit(
         gains.append(gain.clamp(*LIMITS))
         offsets.append((1 - gains[-1]) * mean.flatten())
         if not torch.equal(gain, gains[-1]):
-            say(f"correction: step {step} asks for gains {_range(gain)}, cut to {LIMITS}")
+            tell(f"correction: step {step} asks for gains {_range(gain)}, cut to {LIMITS}")
         corrected: Tensor = correct(x, gains[-1], offsets[-1])
         return corrected
 

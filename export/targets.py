@@ -11,7 +11,7 @@ from ditcast.calibrate.qparams import QParams
 from ditcast.export.tensorrt import weight_only
 from ditcast.manifest import REFERENCE
 from ditcast.models import Adapter
-from ditcast.progress import say
+from ditcast.progress import tell
 
 
 class Target(NamedTuple):
@@ -49,7 +49,7 @@ def encodings(
     if own is qparams:
         typed = []
     elif typed:
-        say(
+        tell(
             f"target {', '.join(typed)}: layers of 4-bit weights keep float inputs there; "
             "TensorRT multiplies no 4-bit weights by 8-bit inputs"
         )

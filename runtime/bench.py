@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ditcast.bundle import Bundle
-from ditcast.progress import counting, say
+from ditcast.progress import counting, tell
 from ditcast.runtime import fidelity, images, machine
 from ditcast.runtime.choice import open_backend
 from ditcast.runtime.fidelity import spread
@@ -280,7 +280,7 @@ def _peak_memory_mib(bundle: Bundle, variant: Variant, settings: Settings) -> fl
         command += ["--steps", str(few)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
-            say(f"peak memory of {variant.name!r} was not measured: {done.stderr.strip()}")
+            tell(f"peak memory of {variant.name!r} was not measured: {done.stderr.strip()}")
             return None
         return float(json.loads(report.read_text())["peak_memory_mib"])
 
@@ -322,7 +322,7 @@ def _median(found: dict[str, float] | None, form: str) -> str:
 def announce(report: dict[str, Any]) -> None:
     """Say what the table's figures stand on."""
     request, backend = report["request"], report["backend"]
-    say(
+    tell(
         f"{request['images']} images in batches of {request['batch']}, {request['steps']} steps, "
         f"guidance {request['guidance']}, {backend['threads']} threads, "
         f"{report['machine']['cpu']}, integer kernels {backend['integer_mode']}; medians"

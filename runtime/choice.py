@@ -11,7 +11,7 @@ import numpy as np
 
 from ditcast.bundle import Bundle
 from ditcast.errors import ConfigError, DitcastError, MissingDependencyError, UnsupportedError
-from ditcast.progress import say
+from ditcast.progress import say, tell
 from ditcast.runtime.audit import GOLDEN_LIMIT_DB, golden_step
 from ditcast.runtime.backends import BACKENDS, ENGINES, Backend, make_backend
 from ditcast.runtime.backends.loadcache import folder, machine_facts
@@ -47,7 +47,7 @@ def open_backend(name: str, bundle: Bundle, settings: Settings | None = None) ->
         place.parent.mkdir(parents=True, exist_ok=True)
         place.write_text(json.dumps({"name": backend.name, "why": why}) + "\n")
     except OSError as err:
-        say(f"backend auto: the choice was not kept in {place} ({err.strerror})")
+        tell(f"backend auto: the choice was not kept in {place} ({err.strerror})")
     return backend
 
 

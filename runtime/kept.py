@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ditcast.bundle import Bundle
 from ditcast.errors import BundleError, ConfigError
-from ditcast.progress import say
+from ditcast.progress import tell
 
 FIGURES = "reports/bench.json"
 AUDIT = "reports/audit.json"
@@ -212,7 +212,7 @@ def keep_audit(bundle: Bundle, target: str, values: Values) -> None:
         bundle.commit({"reports": reports})
     except (OSError, BundleError) as err:
         reason = err.strerror if isinstance(err, OSError) else err
-        say(f"the audit is not kept in {bundle.path}: {reason}")
+        tell(f"the audit is not kept in {bundle.path}: {reason}")
 
 
 def is_stale(bundle: Bundle, found: Values) -> bool:

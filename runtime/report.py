@@ -17,7 +17,7 @@ from PIL import Image
 
 from ditcast.bundle import Bundle
 from ditcast.errors import BundleError, MissingDependencyError
-from ditcast.progress import say
+from ditcast.progress import tell
 from ditcast.runtime import images, kept, page
 from ditcast.runtime.images import Pixels
 from ditcast.runtime.kept import AUDIT, FIGURES
@@ -50,7 +50,7 @@ def write_report(bundle: Bundle, report: Values) -> Path | None:
     try:
         text = page.render(bundle, figures, pictures, *_audit(bundle, figures))
     except MissingDependencyError as err:
-        say(f"{PAGE} is left out. {err}")
+        tell(f"{PAGE} is left out. {err}")
     else:
         names.append(PAGE)
         bundle.staged(PAGE).write_text(text, encoding="utf-8")

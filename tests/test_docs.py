@@ -39,4 +39,5 @@ def test_it_is_a_command(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     name, *arguments = join_labels(shlex.split(line, comments=True)[1:])
     command = app.commands[name]
     context = command.make_context(name, arguments)
+    context.close()  # so that a --quiet ends
     assert context.args == []

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import io
 import sys
+from pathlib import Path
 
 import pytest
 
 from ditcast import progress
+from ditcast.bundle import Bundle
+from ditcast.cli import app
+from tests.conftest import Cli
 
 
 class Terminal(io.StringIO):
@@ -51,3 +55,47 @@ def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
             advance()
     assert "sampling" in stream.getvalue()
     assert "ditcast:" not in stream.getvalue()
+
+
+def test_quiet_is_silent(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither lines nor a bar, but what nobody wants to miss; afterwards all is as before."""
+    monkeypatch.setattr(progress, "LINE_EVERY_S", 0)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with progress.quiet():
+        progress.say("exporting")
+        progress.tell("warning: slow")
+        with progress.counting("sampling", 3) as advance:
+            advance()
+    progress.say("done")
+    assert capsys.readouterr() == ("", "ditcast: warning: slow\nditcast: done\n")
+
+
+def options(name: str) -> set[str]:
+    """All options of a command."""
+    return {option for parameter in app.commands[name].params for option in parameter.opts}
+
+
+def test_what_takes_long_can_be_quiet() -> None:
+    """Every command that shows progress."""
+    found = {name for name in app.commands if "--quiet" in options(name)}
+    assert found >= {"compile", "calibrate", "export", "build", "audit", "bench", "sample", "tune"}
+    assert not found & {"report", "gate", "compare", "verify", "inspect"}
+
+
+def test_a_quiet_command(
+    cli: Cli, shared_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Results, warnings and errors are still there; the next command talks again."""
+    monkeypatch.setattr(progress, "LINE_EVERY_S", 0)
+    command = ("sample", shared_bundle.path, "-o", tmp_path / "out.npy", "--labels", 1)
+    idle = ("--cache", "taylor", "--steps", 2)
+    done = cli(*command, *idle, "--quiet")
+    assert done.out.startswith(f"{tmp_path / 'out.npy'}: 1 images in ")
+    (line,) = done.err.splitlines()
+    assert line.startswith("ditcast: warning: cache taylor never reuses")
+    done = cli(*command, "--labels", 9, "--quiet")
+    assert (done.code, done.out) == (2, "")
+    assert done.err == "ditcast: error: labels: got 9, expected 0 to 4\n"
+    assert "ditcast: sampling: 2 of 2 done" in cli(*command, *idle).err

@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from ditcast.progress import say
+from ditcast.progress import say, tell
 from ditcast.runtime import machine
 
 FACTS = "facts.json"
@@ -83,7 +83,7 @@ class LoadCache:
                 shutil.rmtree(place, ignore_errors=True)
                 new.rename(place)
         except OSError as err:  # a full or read-only disk, or another process was faster
-            say(f"{label}: the compiled graph was not kept in {place} ({err.strerror or err})")
+            tell(f"{label}: the compiled graph was not kept in {place} ({err.strerror or err})")
 
     def _place(self, identity: str) -> Path:
         return self._folder / hashlib.sha256(identity.encode()).hexdigest()[:24]

@@ -24,6 +24,7 @@ from ditcast.options import (
     LOOP,
     MODEL,
     OUTPUT,
+    QUIET,
     STRICT,
     TARGETS,
     join_labels,
@@ -62,6 +63,7 @@ def app() -> None:
 @BACKEND
 @runtime_options
 @STRICT
+@QUIET
 @JSON
 def compile_command(
     model: str,
@@ -108,6 +110,7 @@ def compile_command(
 @OUTPUT
 @recipe_options
 @STRICT
+@QUIET
 def calibrate(
     model: str, output: Path, recipe_file: Path | None, strict: bool, **flags: Any
 ) -> None:
@@ -120,6 +123,7 @@ def calibrate(
 @app.command()
 @BUNDLE
 @TARGETS
+@QUIET
 def export(bundle: Path, targets: tuple[str, ...]) -> None:
     """Export the graphs of a calibrated bundle: those of a target that are missing or stale."""
     opened = Bundle.open(bundle)
@@ -144,6 +148,7 @@ def export(bundle: Path, targets: tuple[str, ...]) -> None:
 @IMAGES
 @click.option("--steps", type=int, help="instead of the recipe's")
 @click.option("--seed", type=click.IntRange(0), help="[default: the recipe's and one]")
+@QUIET
 @JSON
 def bench(
     bundle: Path,
@@ -171,6 +176,7 @@ def bench(
 @BACKEND
 @runtime_options
 @LOOP
+@QUIET
 @JSON
 def audit(
     bundle: Path, backend: str, settings: Settings, loop: str, json_file: Path | None

@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeVar, cast, get_args, get_origin
 
 import click
 
+from ditcast import progress
 from ditcast.errors import ConfigError
 from ditcast.recipe import Recipe
 from ditcast.settings import Settings
@@ -74,6 +75,22 @@ JSON = click.option(
     type=click.Path(path_type=Path, dir_okay=False),
     callback=writable,
     help="write figures",
+)
+
+
+def _silence(context: click.Context, option: click.Parameter, value: bool) -> None:
+    """No progress until the command ends."""
+    del option
+    if value:
+        context.with_resource(progress.quiet())
+
+
+QUIET = click.option(
+    "--quiet",
+    is_flag=True,
+    expose_value=False,
+    callback=_silence,
+    help="no progress: only results, warnings and errors",
 )
 STRICT = click.option("--strict", is_flag=True, help="a cache that does nothing is an error")
 LOOP = click.option(

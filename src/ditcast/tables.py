@@ -11,7 +11,7 @@ from rich.table import Table
 from ditcast.cache import StepPlan, idle
 from ditcast.errors import ConfigError
 from ditcast.manifest import Manifest
-from ditcast.progress import say
+from ditcast.progress import tell
 from ditcast.recipe import TEMPORAL
 from ditcast.runtime.machine import cpu_flags
 
@@ -124,7 +124,7 @@ def warn_of_idle_cache(policy: str, plan: StepPlan, strict: bool) -> None:
     if reason is not None and strict:
         raise ConfigError(reason)
     if reason is not None:
-        say(f"warning: {reason}")
+        tell(f"warning: {reason}")
 
 
 def warn_of_idle_run(policy: str, plan: StepPlan, full: list[int], strict: bool) -> None:
@@ -146,7 +146,7 @@ def warn_of_idle_run(policy: str, plan: StepPlan, full: list[int], strict: bool)
     if reason and strict:
         raise ConfigError(reason)
     if reason:
-        say(f"warning: {reason}")
+        tell(f"warning: {reason}")
 
 
 def warn_of_slow_integers(found: Audit) -> None:
@@ -158,7 +158,7 @@ def warn_of_slow_integers(found: Audit) -> None:
         return
     seven = found.rates[7] / found.rates[0]
     hint = f"; with --scheme w7a8 it is {seven:.2f}" if found.weight_bits > 7 else ""
-    say(
+    tell(
         f"warning: int8 may not pay on this CPU (flags: {', '.join(cpu_flags()) or 'none'}): "
         f"a large MatMul with {found.weight_bits}-bit weights is {ratio:.2f} times as fast as in "
         f"float{hint}"

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from ditcast.bundle import Bundle
-from ditcast.options import BUNDLE, ENGINE_BACKENDS, JSON
+from ditcast.options import BUNDLE, ENGINE_BACKENDS, JSON, QUIET
 from ditcast.tables import show
 
 
@@ -22,6 +22,7 @@ from ditcast.tables import show
     help="GPUs to build for, without having one: 8.9 12.0 (tensorrt-rtx)  [default: this one]",
 )
 @click.option("--graph", "graphs", multiple=True, help="graphs to build, several times")
+@QUIET
 @JSON
 def build(
     bundle: Path,

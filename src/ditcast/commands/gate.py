@@ -10,7 +10,7 @@ import click
 
 from ditcast.errors import ConfigError
 from ditcast.options import BUNDLE, JSON, F, writable, write_json
-from ditcast.progress import say
+from ditcast.progress import tell
 from ditcast.runtime.gate import FAULTS
 
 
@@ -108,7 +108,7 @@ def gate(
     samples = figures["variants"][0]["samples"]
     if samples < ENOUGH_SAMPLES:
         measured = f"medians over {count(samples, 'sample')}"
-        say(f"warning: {measured}; under {ENOUGH_SAMPLES} they can move by 5 dB with the seeds")
+        tell(f"warning: {measured}; under {ENOUGH_SAMPLES} they can move by 5 dB with the seeds")
     failed = [check for check in checks if not check.passed]
     for check in failed:
         click.echo(f"FAIL {check.name}: {check.line}")

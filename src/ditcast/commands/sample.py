@@ -16,6 +16,7 @@ from ditcast.options import (
     JSON,
     LOOP,
     OUTPUT,
+    QUIET,
     STRICT,
     parse_labels,
     runtime_options,
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
 @BACKEND
 @runtime_options
 @STRICT
+@QUIET
 @JSON
 def sample(
     bundle: Path,

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from ditcast.errors import ConfigError
-from ditcast.options import BACKEND, MODEL, OUTPUT, recipe_options, runtime_options
+from ditcast.options import BACKEND, MODEL, OUTPUT, QUIET, recipe_options, runtime_options
 from ditcast.settings import Settings
 
 SEARCHED = ("scheme", "method", "cache", "interval", "order")
@@ -38,6 +38,7 @@ def _share(context: click.Context, option: click.Parameter, value: float) -> flo
 @recipe_options
 @BACKEND
 @runtime_options
+@QUIET
 def tune(
     model: str,
     output: Path,
