@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import shlex
 from pathlib import Path
@@ -41,3 +42,11 @@ def test_it_is_a_command(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     context = command.make_context(name, arguments)
     context.close()  # so that a --quiet ends
     assert context.args == []
+
+
+def test_the_reference_is_current(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every command and every option of it, as `tools/cli_reference.py` writes them."""
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    tool = importlib.import_module("cli_reference")
+    renew = "run: python tools/cli_reference.py"
+    assert tool.PAGE.read_text() == tool.page(), renew

@@ -23,7 +23,9 @@ LISTS = ("--labels", "--compute-capability")  # options that take several values
 
 BUNDLE = click.argument("bundle", type=click.Path(path_type=Path))
 MODEL = click.argument("model")
-OUTPUT = click.option("-o", "--output", required=True, type=click.Path(path_type=Path))
+OUTPUT = click.option(
+    "-o", "--output", required=True, type=click.Path(path_type=Path), help="what to write"
+)
 BACKEND = click.option(
     "--backend",
     default="onnxruntime",
@@ -94,7 +96,11 @@ QUIET = click.option(
 )
 STRICT = click.option("--strict", is_flag=True, help="a cache that does nothing is an error")
 LOOP = click.option(
-    "--loop", type=click.Choice(["host", "graph"]), default="host", show_default=True
+    "--loop",
+    type=click.Choice(["host", "graph"]),
+    default="host",
+    show_default=True,
+    help="step by step, or sampler.onnx as a whole",
 )
 IMAGES = click.option(
     "--images", type=click.IntRange(1), help="how many to measure on  [default: 128; random: 1]"

@@ -18,6 +18,7 @@ from ditcast.options import writable
     callback=writable,
     default="compare.html",
     show_default=True,
+    help="the page",
 )
 def compare(reports: tuple[Path, ...], output: Path) -> None:
     """Put several bundles, or files that bench --json wrote, into one page."""

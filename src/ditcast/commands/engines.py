@@ -14,7 +14,7 @@ from ditcast.tables import show
 
 @click.command()
 @BUNDLE
-@click.option("--backend", required=True, type=click.Choice(ENGINE_BACKENDS))
+@click.option("--backend", required=True, type=click.Choice(ENGINE_BACKENDS), help="library")
 @click.option(
     "--compute-capability",
     "capabilities",

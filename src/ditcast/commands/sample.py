@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 @BUNDLE
 @OUTPUT
 @click.option("--labels", required=True, help="classes by number or name: --labels 3 5")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="of the noise")
 @click.option("--steps", type=int, help="instead of the recipe's")
 @click.option("--guidance", type=float, help="instead of the recipe's")
 @click.option("--cache", help="instead of the recipe's policy, such as none")

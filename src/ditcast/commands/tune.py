@@ -32,9 +32,13 @@ def _share(context: click.Context, option: click.Parameter, value: float) -> flo
     callback=_share,
     help="root mean square error of pixels over their range: 0.02 is 34 dB",
 )
-@click.option("--trials", type=click.IntRange(1), default=40, show_default=True)
+@click.option(
+    "--trials", type=click.IntRange(1), default=40, show_default=True, help="how many to make"
+)
 @click.option("--minutes", type=click.FloatRange(0, min_open=True), help="stop after so long")
-@click.option("--images", type=click.IntRange(1), default=32, show_default=True)
+@click.option(
+    "--images", type=click.IntRange(1), default=32, show_default=True, help="to measure a trial on"
+)
 @recipe_options
 @BACKEND
 @runtime_options
