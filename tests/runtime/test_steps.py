@@ -8,15 +8,19 @@ from typing import Any
 import numpy as np
 import pytest
 
+from ditcast import recipe as recipes
 from ditcast import tensors
+from ditcast.bundle import Bundle
 from ditcast.cache import make_plan
 from ditcast.cache.fitted import of_target, recipe_plan
 from ditcast.cache.guard import guarded
 from ditcast.cache.learned import KEPT, routed
+from ditcast.calibrate import calibrate, router
 from ditcast.models import LoadedModel
+from ditcast.models.base import describe as make_manifest
 from ditcast.runtime import Pipeline
 from ditcast.runtime.steps import closeness_db, describe, kinds
-from tests.conftest import make_bundle
+from tests.conftest import RECIPE, make_bundle
 
 
 def test_kinds_of_slots_and_steps() -> None:
@@ -44,6 +48,21 @@ def test_kinds_of_a_learned_plan() -> None:
     assert "".join(found).count("r") == round(plan.reused * plan.full.size * 3)
     whole = make_plan("learned", steps=4, interval=2, slots=3)  # while there is no router
     assert kinds(whole, whole, whole.full) == ["ffff"] * 3
+
+
+def test_a_router_in_a_bundle(tiny: LoadedModel, tmp_path: Path) -> None:
+    """The page shows what each slot does by the router that the bundle holds."""
+    logits = np.full((6, 4), KEPT, np.float32)
+    logits[1::2, :2] = -KEPT
+    file = tmp_path / "router.safetensors"
+    router.save(logits, tiny, file)
+    keys = {"cache": "learned", "router": str(file), "scheme": "none"}
+    bundle = Bundle.create(tmp_path / "b", make_manifest(tiny, recipes.make(RECIPE | keys)))
+    calibrate(bundle, tiny)
+    pipeline = Pipeline(bundle)
+    paths = {"full precision": np.ones((6, 1, 3, 4, 4), np.float32)}
+    found = describe(pipeline, "learned", pipeline.plan().full, paths)
+    assert found["plan"] == ["frfrfr", "frfrfr", "ffffff", "ffffff"]
 
 
 def test_closeness_by_hand() -> None:
