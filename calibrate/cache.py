@@ -38,7 +38,7 @@ def check(model: LoadedModel, recipe: Recipe) -> None:
             f"cache: got {recipe.cache}, which needs the graphs {', '.join(lacking)}, but there "
             f"are none for a {model.adapter.architecture}; expected none, fora or taylor"
         )
-    if plan.gate is not None or recipe.cache == "learned":
+    if plan.gate is not None or (plan.mask is not None and recipe.reuse is None):
         threshold.wanted(recipe)
     if recipe.router is not None:
         router.load(model, recipe)
@@ -61,7 +61,9 @@ def fit(bundle: Bundle, model: LoadedModel) -> None:
         found = reference
         if manifest.quantization is not None:  # which moves what a gate looks at
             with quantized(model.adapter, scales):
-                found, full_steps = threshold.tune(model, recipe, plan, "quantized")
+                assert reference.threshold is not None
+                start = float(reference.threshold)
+                found, full_steps = threshold.tune(model, recipe, plan, "quantized", start)
     if plan.mask is not None:
         found = reference = Fitted(router=_router(model, recipe, scales))
     if fitted.guarding(manifest):

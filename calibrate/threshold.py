@@ -26,7 +26,9 @@ from ditcast.recipe import Recipe
 DEGREE = 4  # of TeaCache's polynomial
 CLOSE = 0.1  # full steps, on average
 IMAGES = 32  # at most, in batches of the recipe's size: the worst of a batch decides for it
-TRIES = 24
+TRIES = 30
+FIRST = 1.3  # by which the first bound moves
+NARROW = 1.0005  # bounds that are no further apart are one threshold
 
 
 class Tuned(NamedTuple):
@@ -43,7 +45,8 @@ def wanted(recipe: Recipe) -> int:
         ConfigError: that is all of them.
     """
     found = int(schedule(recipe.steps, recipe.interval).sum())
-    if found == recipe.steps and recipe.threshold is None:
+    given = recipe.threshold is not None or recipe.router is not None
+    if found == recipe.steps and not given:
         raise ConfigError(
             f"interval: got {recipe.interval} with cache {recipe.cache}, which would make all "
             f"{recipe.steps} steps full; expected a longer interval, more steps, or cache none"
@@ -51,8 +54,10 @@ def wanted(recipe: Recipe) -> int:
     return found
 
 
-def tune(model: LoadedModel, recipe: Recipe, plan: StepPlan, what: str) -> Tuned:
-    """Find the gate's threshold for the network as it is now, which `what` names.
+def tune(
+    model: LoadedModel, recipe: Recipe, plan: StepPlan, what: str, start: float = 0.1
+) -> Tuned:
+    """Find the gate's threshold for the network as it is now, which `what` names, from `start` on.
 
     The polynomial of a gate that compares neighbouring steps is fitted first. With a threshold in
     the recipe only its full steps are counted.
@@ -69,7 +74,7 @@ def tune(model: LoadedModel, recipe: Recipe, plan: StepPlan, what: str) -> Tuned
         return _full_steps(model, recipe, replace(plan, gate=replace(gate, threshold=threshold)))
 
     if recipe.threshold is None:
-        threshold, found = _bisect(count, target)
+        threshold, found = _bisect(count, target, start)
         close = abs(found - target) <= CLOSE
         note = "" if close else f"; none is closer to the {target} that the interval asks for"
         say(f"cache: {what}: threshold {threshold:.5g} gives {found:.2f} full steps{note}")
@@ -88,23 +93,32 @@ def _as_tables(threshold: float, gate: Gate) -> Fitted:
     return Fitted(threshold=np.asarray(threshold, np.float32), polynomial=polynomial)
 
 
-def _bisect(count: Callable[[float], float], target: int) -> tuple[float, float]:
-    """The threshold whose count is closest to a target, by bisection of its logarithm."""
-    low, high = 1e-6, 1.0
-    found = count(high)
-    while found > target and high < 1e6:
-        low, high = high, 4 * high
-        found = count(high)
-    best = (high, found)
-    for _ in range(TRIES):
-        if abs(best[1] - target) <= CLOSE or high / low < 1.0005:
-            break
+def _bisect(count: Callable[[float], float], target: int, start: float) -> tuple[float, float]:
+    """The threshold whose count is closest to a target, by bisection of its logarithm.
+
+    From `start` a bound moves away, faster and faster, until the target lies behind it: the higher
+    the threshold, the fewer steps are full.
+    """
+    seen: dict[float, float] = {}
+
+    def misses(threshold: float) -> float:
+        """How many full steps too many, 0 where it is close enough."""
+        seen[threshold] = count(threshold)
+        over = seen[threshold] - target
+        return 0.0 if abs(over) <= CLOSE else over
+
+    low = high = start
+    over, factor = misses(start), FIRST
+    rising = over > 0
+    while over and (over > 0) == rising and len(seen) < TRIES:
+        low, high = (high, high * factor) if rising else (low / factor, low)
+        over, factor = misses(high if rising else low), factor**1.5
+    while over and len(seen) < TRIES and high / low > NARROW:
         middle = math.sqrt(low * high)
-        found = count(middle)
-        if abs(found - target) < abs(best[1] - target):
-            best = (middle, found)
-        low, high = (middle, high) if found > target else (low, middle)
-    return best
+        over = misses(middle)
+        low, high = (middle, high) if over > 0 else (low, middle)
+    best = min(seen, key=lambda threshold: abs(seen[threshold] - target))
+    return best, seen[best]
 
 
 def _batches(model: LoadedModel, recipe: Recipe) -> Iterator[tuple[range, list[int]]]:

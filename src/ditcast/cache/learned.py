@@ -6,15 +6,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ditcast.cache.plan import StepPlan
+from ditcast.cache.taylor import schedule
 
 TAU = 0.1  # a slot with a lower score is reused; in training and after
 KEPT = 5.0  # the logit of the first step, and the largest of all
 
 
 def plan(steps: int, interval: int, slots: int, order: int) -> StepPlan:
-    """Every slot computed, as long as there is no router; the interval says how much it reuses."""
-    del interval, order
-    return routed(np.full((steps, slots), KEPT, np.float32))
+    """TaylorSeer's full steps, as long as there is no router; it is to reuse as much as they do."""
+    del order
+    logits = np.where(schedule(steps, interval), KEPT, -KEPT).astype(np.float32)
+    return routed(logits[:, None].repeat(slots, axis=1))
 
 
 def routed(router: NDArray[np.float32]) -> StepPlan:
