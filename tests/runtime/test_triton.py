@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import importlib.util
 import json
 import shutil
@@ -290,3 +291,28 @@ def test_engines_of_somebody_else(
     assert "is not signed by this user's key" in done.err
     assert not (tmp_path / "m").exists()
     assert cli(*command, "--trust-engines").code == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "triton: none given, and this check needs a real one; name the Python of"),
+        (("--triton", "nowhere/python"), "nowhere/python is no Python that runs"),
+        (("--triton", sys.executable), f"{sys.executable} lacks pytriton; how to make"),
+    ],
+)
+def test_the_check_without_triton(
+    shared_bundle: Bundle,
+    arguments: tuple[str, ...],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """One line, before any work."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "tools"))
+    monkeypatch.setattr(sys, "argv", ["triton_check", str(shared_bundle.path), *arguments])
+    with pytest.raises(SystemExit) as exit_:
+        importlib.import_module("triton_check").main()
+    assert exit_.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
