@@ -27,6 +27,7 @@ RUNTIME_MODULES = (
     "ditcast.runtime.compare",
     "ditcast.runtime.gate",
     "ditcast.runtime.report",
+    "ditcast.runtime.triton",
     "ditcast.cli",
 )
 VOCABULARY = ("cache", "schedule.py", "sampling.py", "bundle.py", "recipe.py")

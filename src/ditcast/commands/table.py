@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ditcast.commands.compare import compare
+from ditcast.commands.deploy import deploy
 from ditcast.commands.engines import build
 from ditcast.commands.gate import gate
 from ditcast.commands.inspect import inspect, verify
@@ -10,4 +11,4 @@ from ditcast.commands.report import report
 from ditcast.commands.sample import sample
 from ditcast.commands.tune import tune
 
-COMMANDS = (build, compare, gate, inspect, report, sample, tune, verify)
+COMMANDS = (build, compare, deploy, gate, inspect, report, sample, tune, verify)
