@@ -46,8 +46,8 @@ def test_kinds_of_a_learned_plan() -> None:
     found = kinds(plan, plan, plan.full)
     assert found == ["fffr", "frfr", "frrr"]
     assert "".join(found).count("r") == round(plan.reused * plan.full.size * 3)
-    whole = make_plan("learned", steps=4, interval=2, slots=3)  # while there is no router
-    assert kinds(whole, whole, whole.full) == ["ffff"] * 3
+    untrained = make_plan("learned", steps=4, interval=2, slots=3)  # TaylorSeer's steps
+    assert kinds(untrained, untrained, untrained.full) == ["ffrf"] * 3
 
 
 def test_a_router_in_a_bundle(tiny: LoadedModel, tmp_path: Path) -> None:
