@@ -109,6 +109,49 @@ def test_increments_of_reuse_add_up(tiny: LoadedModel) -> None:
 
 
 @pytest.mark.parametrize("iepo", ["leave_one_out", "cumulative"])
+def test_steps_weigh_what_their_reuse_does(tiny: LoadedModel, iepo: str) -> None:
+    """Each step's by whole trajectories, without the shared beginnings; the mean is one."""
+    recipe, found = recipe_of(iepo=iepo), torch.zeros(STEPS)
+    school, twin = (router._School(tiny, recipe, 0.5) for _ in range(2))
+    for held in (school, twin):  # some steps reuse much more than others
+        for step, row in enumerate(held.rho[1:], start=1):
+            row.data = row.data + (3.0 if step % 2 else -3.0)
+    school.weigh()
+    with torch.no_grad():
+        pupil = twin.start(0)
+
+        def final(*exact: int) -> Tensor:
+            ones = torch.ones(SLOTS)
+            return twin.finish(pupil, 1, lambda t: ones if t in exact else twin.scores(t))
+
+        for t in range(1, STEPS):
+            if iepo == "leave_one_out":
+                found[t] = (final(t) - final()).square().sum()
+            else:
+                later = range(t + 1, STEPS)
+                found[t] = (final(*later) - final(t, *later)).square().mean()
+    found = found.clamp(min=router.FLOOR * float(found.mean()))
+    assert torch.allclose(school.step_weight, found / found.mean(), rtol=1e-2, atol=1e-4)
+    assert float(school.step_weight.max()) > 10 * float(school.step_weight.min())
+
+
+def test_training_moves_logits_by_what_slots_are_worth(tiny: LoadedModel) -> None:
+    """Not a draw that is shifted: those worth more than the price rise, the others fall."""
+    school = router._School(tiny, recipe_of(), 0.5)
+    school.epoch(0)
+    before, beta = school.logits(), school.beta()
+    school.note = lambda step, worth: None  # type: ignore[method-assign]
+    for number in range(1, 4):
+        school.epoch(number)
+    rose = (school.logits() > before)[1:]
+    worth = school.worth[1:].numpy()
+    assert beta > 0
+    assert np.isclose((worth < beta).mean(), 0.5, atol=0.1)
+    assert rose[worth > 3 * beta].mean() > 0.8
+    assert rose[worth < beta / 3].mean() < 0.2
+
+
+@pytest.mark.parametrize("iepo", ["leave_one_out", "cumulative"])
 def test_training_meets_the_wanted_share(tiny: LoadedModel, iepo: str) -> None:
     """First step kept, share of the interval, the same router for the same seed."""
     recipe = recipe_of(iepo=iepo, router_epochs=3)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,12 +13,15 @@ import numpy as np
 import pytest
 import torch
 
+from ditcast import recipe as recipes
 from ditcast.bundle import Bundle
 from ditcast.cache import make_plan
-from ditcast.cache.stepping import GRAPHS, graphs
+from ditcast.cache.stepping import GRAPHS, graphs, held
 from ditcast.calibrate import qparams
+from ditcast.calibrate.collect import draw_labels
 from ditcast.calibrate.simulate import quantized
-from ditcast.calibrate.trajectory import sample
+from ditcast.calibrate.threshold import _polynomial
+from ditcast.calibrate.trajectory import follow, sample
 from ditcast.errors import ConfigError
 from ditcast.manifest import REFERENCE
 from ditcast.models import LoadedModel
@@ -24,7 +29,8 @@ from ditcast.models.dit_steps import estimate
 from ditcast.runtime import Pipeline
 from ditcast.runtime.audit import audit
 from ditcast.schedule import from_config
-from tests.conftest import Cli, make_bundle
+from ditcast.tables import warn_of_idle_run
+from tests.conftest import RECIPE, Cli, make_bundle
 
 STEPS, INTERVAL = 10, 3
 POLICIES = ("rfe", "rcs", "relational", "first-block", "stack")
@@ -85,8 +91,8 @@ def test_torch_decides_as_the_runtime_does(made: Bundle, tiny: LoadedModel) -> N
     for target, limit in ((REFERENCE, 60.0), ("onnxruntime", 40.0)):
         pipeline, full = Pipeline(made, target=target), list[bool]()
         wanted, steps = full_of(pipeline, LABELS, seed=1)
-        held = qparams.of_bundle(made) if target != REFERENCE else qparams.QParams()
-        with quantized(tiny.adapter, held):
+        scales = qparams.of_bundle(made) if target != REFERENCE else qparams.QParams()
+        with quantized(tiny.adapter, scales):
             found = sample(
                 tiny.adapter,
                 from_config(manifest.schedule),
@@ -115,9 +121,9 @@ def test_requests_do_not_see_each_other(made: Bundle) -> None:
 
 def test_a_bundle_holds_what_its_policy_runs(made: Bundle) -> None:
     """The graphs of its steps, with every quantized layer in the audit."""
-    held = {graph.name for graph in made.manifest.graphs if graph.target == "onnxruntime"}
+    names = {graph.name for graph in made.manifest.graphs if graph.target == "onnxruntime"}
     plan = Pipeline(made).plan()
-    assert held == {"temporal", "full", "reuse", "sampler", *graphs(plan)}
+    assert names == {"temporal", "full", "reuse", "sampler", *graphs(plan)}
     layers = 0 if made.manifest.quantization is None else 8
     for loop in ("host", "graph"):
         found = audit(made, Pipeline(made).backend, loop)
@@ -183,8 +189,34 @@ def test_a_run_says_how_often_it_reused(stacked: Bundle, cli: Cli, tmp_path: Pat
     out, report = tmp_path / "out.npy", tmp_path / "out.json"
     done = cli("sample", stacked.path, "-o", out, "--labels", "0", "1", "--json", report)
     assert done.code == 0, done.err
-    assert '"full_steps": ' in report.read_text()
-    assert "0.2" in cli("inspect", stacked.path).out
+    _, full = full_of(Pipeline(stacked), [0, 1])
+    figures = json.loads(report.read_text())
+    assert (figures["full_steps"], figures["reuse_steps"]) == (sum(full), 6 - sum(full))
+    assert 1 < sum(full) < 6
+    assert re.search(r"threshold\s+0\.2, ", cli("inspect", stacked.path).out)
+
+
+@pytest.mark.parametrize(
+    ("threshold", "match"),
+    [
+        (1e-9, "cache first-block never reused: all 6 steps were full; its threshold is 1e-09"),
+        (1e9, r"cache first-block reused every step that it may: its threshold is 1e\+09"),
+    ],
+)
+def test_runs_that_decide_nothing(
+    stacked: Bundle, threshold: float, match: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A warning with its reason, and an error where that is asked for."""
+    pipeline = Pipeline(stacked)
+    gate = pipeline.plan().gate
+    assert gate is not None
+    plan = replace(pipeline.plan(), gate=replace(gate, threshold=threshold))
+    counts = [sum(full_of(pipeline, labels, cache=plan)[1]) for labels in ([0], [1, 2])]
+    warn_of_idle_run("first-block", plan, counts, strict=False)
+    assert re.search(f"warning: {match}", " ".join(capsys.readouterr().err.split()))
+    with pytest.raises(ConfigError, match=match):
+        warn_of_idle_run("first-block", plan, counts, strict=True)
+    warn_of_idle_run("first-block", plan, [counts[0], 3], strict=True)  # one batch did otherwise
 
 
 @pytest.mark.parametrize(
@@ -222,6 +254,47 @@ def test_full_steps_fall_with_the_threshold(tiny: LoadedModel) -> None:
     assert counts[0] == STEPS
     assert counts[-1] == 2
     assert counts == sorted(counts, reverse=True)
+
+
+def test_teacache_s_polynomial_is_that_of_least_squares(tiny: LoadedModel) -> None:
+    """Of the output's relative change on the gauge's, over all samples and steps."""
+    recipe = recipes.make(RECIPE | {"cache": "stack", "steps": STEPS, "samples": 4, "batch": 2})
+    plan = make_plan("stack", steps=STEPS, interval=INTERVAL, slots=4)
+    assert plan.gate is not None
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def look(module: Any, args: tuple[torch.Tensor, ...], found: tuple[torch.Tensor, ...]) -> None:
+        rows = args[1][:, :128]  # shift and scale of the first block
+        norm = tiny.adapter.parts[0].module.norm1(tiny.adapter.stem(args[0]))  # type: ignore[operator]
+        shift, scale = rows.chunk(2, dim=1)
+        seen.append((norm * (1 + scale[:, None]) + shift[:, None], found[0]))
+
+    hook = tiny.adapter.denoiser.register_forward_hook(look)
+    for first in (0, 2):
+        follow(tiny, recipe, range(first, first + 2), draw_labels(recipe, 5)[first : first + 2])
+    hook.remove()
+    x, y = list[torch.Tensor](), list[torch.Tensor]()
+    for step in (s for s in range(1, len(seen)) if s % STEPS):
+        for now, before, changes in zip(seen[step], seen[step - 1], (x, y), strict=True):
+            moved = (now - before).abs().flatten(1).sum(1) / before.abs().flatten(1).sum(1)
+            changes.append(moved)
+    a, b = torch.cat(x).double().numpy(), torch.cat(y).double().numpy()
+    found = _polynomial(tiny, recipe, plan.gate)
+    assert len(found) == 5
+    assert np.allclose(np.polyval(found, a), np.polyval(np.polyfit(a, b, 4), a), atol=1e-3)
+
+
+def test_caches_are_counted_in_tensors_of_a_slot() -> None:
+    """What each form keeps per row, of 4 slots and order 2, 10 steps at an interval of 3."""
+
+    def kept(policy: str) -> int:
+        return held(make_plan(policy, steps=STEPS, interval=INTERVAL, order=2, slots=4), 4)
+
+    assert kept("fora") == 2  # a forecast for each reuse step of a segment
+    assert kept("taylor") == 2 * 3 * 2  # of three segments, and their sums
+    assert kept("relational") == kept("rcs") == 2 * 4 * (3 + 1) + 2 * 3
+    assert kept("learned") == 2 * 4
+    assert kept("stack") == kept("first-block") == 5
 
 
 def _with_threshold(policy: str, threshold: float) -> Any:
