@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from ditcast.bundle import Bundle
-from ditcast.cache import fitted, make_plan
-from ditcast.cache.fitted import Fitted, Table, recipe_plan
+from ditcast.cache import fitted
+from ditcast.cache.fitted import Fitted, Table, plan_of, recipe_plan
 from ditcast.cache.guard import held_back
 from ditcast.cache.stepping import graphs
 from ditcast.calibrate import correction, noise, qparams, router, threshold
@@ -25,13 +25,7 @@ def check(model: LoadedModel, recipe: Recipe) -> None:
     Raises:
         ConfigError: naming what is missing.
     """
-    plan = make_plan(
-        recipe.cache,
-        steps=recipe.steps,
-        interval=recipe.interval,
-        slots=len(model.adapter.slots),
-        order=recipe.order,
-    )
+    plan = plan_of(recipe, slots=len(model.adapter.slots))
     lacking = [name for name in graphs(plan) if name not in model.adapter.steps]
     if lacking:
         raise ConfigError(

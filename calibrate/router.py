@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from ditcast import tensors
 from ditcast.cache.fitted import Table
-from ditcast.cache.learned import KEPT, TAU, routed
-from ditcast.cache.taylor import schedule
+from ditcast.cache.learned import KEPT, TAU, computed, routed
+from ditcast.calibrate import threshold
 from ditcast.calibrate.collect import check_finite
 from ditcast.calibrate.trajectory import TorchRequest
 from ditcast.errors import ConfigError
@@ -29,7 +29,7 @@ from ditcast.recipe import Recipe
 from ditcast.sampling import (
     Coefficients,
     coefficients,
-    draw_noise,
+    draw_noises,
     guide,
     needs_noise,
     row_labels,
@@ -67,7 +67,7 @@ def load(model: LoadedModel, recipe: Recipe) -> Table:
             f"router: {path} holds {got}, expected one of {wanted[0]} steps and {wanted[1]} slots; "
             "train one for this model and number of steps"
         )
-    if not bool((1 / (1 + np.exp(-held["router"][0])) > TAU).all()):
+    if not computed(held["router"][0]).all():
         raise ConfigError(
             f"router: {path} reuses slots at the first step, where there is nothing to reuse; "
             "expected logits over -2.2 there"
@@ -111,7 +111,7 @@ def share(recipe: Recipe) -> float:
     """The wanted share of reused slots; by default what TaylorSeer reuses at the interval."""
     if recipe.reuse is not None:
         return recipe.reuse
-    return float(1 - schedule(recipe.steps, recipe.interval).mean())
+    return 1 - threshold.wanted(recipe) / recipe.steps
 
 
 def meet(logits: Table, wanted: float) -> Table:
@@ -171,14 +171,13 @@ class _School:
         timesteps = torch.from_numpy(self.schedule.timesteps(recipe.steps)).float()
         noises = recipe.steps if needs_noise(recipe.sampler) else 0
         indices = range(number * IMAGES, (number + 1) * IMAGES)
-        noise = np.stack(
-            [draw_noise(recipe.seed + 1, i, adapter.sample_shape, noises) for i in indices], axis=1
+        noise = torch.from_numpy(
+            draw_noises(recipe.seed + 1, indices, adapter.sample_shape, noises)
         )
         with torch.no_grad():
             request = TorchRequest(adapter, timesteps, rows)
             nothing = request.rows(1)[0]
-            pupil = _Pupil(request, torch.from_numpy(noise), torch.from_numpy(noise[0]), [])
-            pupil.cache = [nothing] * request.slots
+            pupil = _Pupil(request, noise, noise[0], [nothing] * request.slots)
             self.advance(pupil, 0, torch.ones(request.slots))
         return pupil
 

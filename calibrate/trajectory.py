@@ -16,7 +16,7 @@ from ditcast.recipe import Recipe
 from ditcast.sampling import (
     Coefficients,
     coefficients,
-    draw_noise,
+    draw_noises,
     guide,
     needs_noise,
     row_labels,
@@ -66,8 +66,9 @@ def sample(
     """
     n, channels = len(labels), adapter.sample_shape[0]
     noises = steps if needs_noise(sampler) else 0
-    drawn = np.stack([draw_noise(seed, i, adapter.sample_shape, noises) for i in indices], axis=1)
-    noise = torch.from_numpy(drawn)  # (1 + noises, n, C, H, W)
+    noise = torch.from_numpy(
+        draw_noises(seed, indices, adapter.sample_shape, noises)
+    )  # (1 + noises, n, C, H, W)
     rows = row_labels(labels, guidance, adapter.null_label)
     timesteps = torch.from_numpy(schedule.timesteps(steps)).float()
     plan = plan or make_plan("none", steps=steps, interval=1, slots=len(adapter.slots))

@@ -99,35 +99,36 @@ class _Feeds:
         }
         axes |= {"before": {1: rows}, "factors": {}, "y": {2: rows}, "a": {1: rows}}
         axes |= {"slope": {1: rows}, "mask": {}}
-        feeds = {key: self._feed(name, key) for key in inputs}
+        given = self.known | self._kept(name)
+        feeds = {key: given[key] for key in inputs}
         dynamic: list[Any] = [axes.get(key, {0: rows}) for key in feeds if "." not in key]
         if kept := [{0: rows} for key in feeds if "." in key]:
             dynamic.append(tuple(kept))
         return Probe(self.adapter.steps[name], feeds, outputs, dynamic)
 
-    def _feed(self, graph: str, name: str) -> Tensor:
-        if name in self.known:
-            return self.known[name]
-        if name == "forecast":
-            return self._run("full", self.known)["forecast"][1]
-        if name == "before":  # of the step before, in the place of those before that, too
-            before = self._run(graph, self.known | self.nothing | {"features": self.second})
-            return before["gauge"][None].repeat(self.history, *[1] * len(before["gauge"].shape))
-        if name.startswith("cache."):  # all slots of another step
-            kept = {f"cache.{k}": self.nothing["a"][0] for k in range(len(self.adapter.slots))}
-            ones = torch.ones(len(kept))
-            other = self.known | kept | {"features": self.second, "mask": ones}
-            return self._run(graph, other)[name.replace("cache", "kept")]
-        if name in ("stream", "residual"):
-            found = self._run("block", self.known | self.nothing)
-            if name not in found:
-                found = self._run("rest", self.known | found)
-            return found[name]
-        found = self._run("observe", self.known | self.nothing | {"features": self.second})
-        kept = {"y": found["y_now"], "a": found["a_now"]}
-        if graph != "observe":  # two full steps lie behind a reuse step
-            found = self._run("observe", self.known | kept)
-        return found[name if name == "slope" else f"{name}_now"]
+    def _kept(self, graph: str) -> dict[str, Tensor]:
+        """What other steps give to a step graph; each of them runs once."""
+        inputs, known = {*GRAPHS[graph].inputs}, self.known | self.nothing
+        earlier = known | {"features": self.second}
+        if "forecast" in inputs:
+            return {"forecast": self._run("full", known)["forecast"][1]}
+        if "before" in inputs:  # of the step before, in the place of those before that, too
+            gauge = self._run(graph, earlier)["gauge"]
+            return {"before": gauge[None].repeat(self.history, *[1] * gauge.dim())}
+        if "cache.*" in inputs:  # all slots of another step
+            slots = len(self.adapter.slots)
+            empty = {f"cache.{k}": self.nothing["a"][0] for k in range(slots)}
+            found = self._run(graph, earlier | empty | {"mask": torch.ones(slots)})
+            return {name: found[name.replace("cache", "kept")] for name in empty}
+        if "stream" in inputs:
+            found = self._run("block", known)
+            return found | self._run("rest", known | found)
+        if "y" in inputs:
+            found = self._run("observe", earlier)
+            if graph != "observe":  # two full steps lie behind a reuse step
+                found = self._run("observe", known | {"y": found["y_now"], "a": found["a_now"]})
+            return {"y": found["y_now"], "a": found["a_now"], "slope": found["slope"]}
+        return {}
 
     def _run(self, graph: str, given: dict[str, Tensor]) -> dict[str, Tensor]:
         inputs, outputs = GRAPHS[graph].names(len(self.adapter.slots))

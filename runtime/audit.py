@@ -114,10 +114,8 @@ def audit(bundle: Bundle, backend: Backend, loop: str = "host") -> Audit:
     other: dict[str, float] = defaultdict(float)
     bits = 0
     for name in names:
-        file, inside = (
-            graph_file(bundle, backend.target, name),
-            layers_of(bundle, backend.target, name),
-        )
+        file = graph_file(bundle, backend.target, name)
+        inside = layers_of(bundle, backend.target, name)
         if name != main and not inside:
             continue
         bits = max(bits, file.weight_bits)

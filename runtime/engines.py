@@ -83,9 +83,14 @@ def build_engines(
     return found
 
 
+def _made_from(file: GraphFile) -> str:
+    """Hash of a graph and its weights."""
+    return hashlib.sha256(file.identity.encode()).hexdigest()
+
+
 def _describe(bundle: Bundle, builder: EngineBuilder, graph: str, file: GraphFile) -> Engine:
     """The engine that a build would give, without what only the build says."""
-    made_from = hashlib.sha256(file.identity.encode()).hexdigest()
+    made_from = _made_from(file)
     profile = {
         name: {str(axis): range_ for axis, range_ in axes.items()}
         for name, axes in profile_of(bundle.manifest, graph).items()
@@ -138,7 +143,7 @@ def find_engine(bundle: Bundle, backend: str, graph: str, device: str = "") -> E
         BundleError: there is none, or none for this device; says what builds it.
     """
     again = f"run: ditcast build {bundle.path} --backend {backend}"
-    made_from = hashlib.sha256(graph_file(bundle, TARGET, graph).identity.encode()).hexdigest()
+    made_from = _made_from(graph_file(bundle, TARGET, graph))
     engines = [e for e in bundle.manifest.engines if (e.graph, e.backend) == (graph, backend)]
     if not engines:
         raise BundleError(f"engine: {bundle.path} has none of {graph}.onnx for {backend}; {again}")

@@ -28,7 +28,7 @@ from ditcast.sampling import (
     check_guidance,
     coefficients,
     correct,
-    draw_noise,
+    draw_noises,
     guide,
     needs_noise,
     update,
@@ -109,7 +109,7 @@ class Pipeline:
             return cache
         policy = cache or self.recipe.cache
         check_policy(policy, self.backend)
-        if self._deployed(steps, cache):
+        if self.deployed(steps, cache):
             return self.fitted.plan(self.bundle.manifest)
         found = make_plan(
             policy,
@@ -132,7 +132,7 @@ class Pipeline:
                 f"was made for {self.recipe.cache}; compile one with that --cache"
             )
 
-    def _deployed(self, steps: int, cache: Cache) -> bool:
+    def deployed(self, steps: int, cache: Cache) -> bool:
         """Whether a request is for the very plan that calibration fitted its tables to."""
         return steps == self.recipe.steps and cache in (None, self.recipe.cache)
 
@@ -182,8 +182,8 @@ class Pipeline:
         self._check_fitted(steps, cache, spacing)
         noises = steps if needs_noise(self.recipe.sampler) else 0
         shape = self.model.sample_shape
-        drawn = [draw_noise(seed, first + i, shape, noises) for i in range(len(labels))]
-        noise = np.stack(drawn, axis=1)  # (1 + noises, n, C, H, W)
+        indices = range(first, first + len(labels))
+        noise = draw_noises(seed, indices, shape, noises)  # (1 + noises, n, C, H, W)
         if loop == "graph":
             self._check_graph_loop(steps, cache, spacing, callback)
             return self._graph_loop(labels, noise, guidance)
@@ -196,7 +196,7 @@ class Pipeline:
             guidance,
             plan=plan,
             schedule=schedule,
-            fitted=self.fitted if self._deployed(steps, cache) else Fitted(),
+            fitted=self.fitted if self.deployed(steps, cache) else Fitted(),
             callback=callback,
         )
 

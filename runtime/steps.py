@@ -37,7 +37,7 @@ def describe(
         for name, path in zip(list(paths)[1:], made, strict=True)
     }
     plan = pipeline.plan(steps, cache)
-    deployed = steps == bundle.manifest.recipe.steps and cache == bundle.manifest.recipe.cache
+    deployed = pipeline.deployed(steps, cache)
     fitted = pipeline.fitted if deployed else Fitted()
     asked = recipe_plan(bundle.manifest) if deployed else plan
     return {

@@ -36,7 +36,7 @@ from numpy.typing import NDArray
 from ditcast.bundle import Bundle
 from ditcast.errors import ConfigError, UnsupportedError
 from ditcast.runtime import Pipeline, triton
-from ditcast.sampling import draw_noise, needs_noise
+from ditcast.sampling import draw_noises, needs_noise
 from ditcast.settings import Settings
 from ditcast.tables import show
 
@@ -180,7 +180,7 @@ def graph_feeds(pipeline: Pipeline, labels: list[int], seed: int) -> dict[str, A
     recipe = pipeline.recipe
     noises = recipe.steps if needs_noise(recipe.sampler) else 0
     shape = pipeline.model.sample_shape
-    noise = np.stack([draw_noise(seed, i, shape, noises) for i in range(len(labels))], axis=1)
+    noise = draw_noises(seed, range(len(labels)), shape, noises)
     feeds = {
         "noise": noise[0],
         "class_labels": np.array(labels),

@@ -163,7 +163,7 @@ def join_labels(arguments: list[str]) -> list[str]:
     return found
 
 
-def write_json(path: Path | None, values: dict[str, Any]) -> None:
+def write_json(path: Path | None, values: dict[str, Any] | list[dict[str, Any]]) -> None:
     """Write the figures of a command to the file of its `--json`, if there is one."""
     if path is not None:
         path.write_text(json.dumps(values, indent=1) + "\n")

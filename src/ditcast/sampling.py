@@ -12,7 +12,7 @@ which is what makes both loops agree bit for bit.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -145,6 +145,13 @@ def update(x: Any, output: Any, noise: Any, row: Coefficients, clip: float | Non
 def correct(x: Any, gain: Any, offset: Any) -> Any:
     """Variance correction of a sample (n, C, H, W) by constants (C,) of its step."""
     return x * gain.reshape(-1, 1, 1) + offset.reshape(-1, 1, 1)
+
+
+def draw_noises(
+    seed: int, indices: Iterable[int], shape: tuple[int, ...], step_noises: int
+) -> NDArray[Any]:
+    """That of several images as a batch, `(1 + step_noises, n, *shape)`; see `draw_noise`."""
+    return np.stack([draw_noise(seed, i, shape, step_noises) for i in indices], axis=1)
 
 
 def draw_noise(seed: int, index: int, shape: tuple[int, ...], step_noises: int) -> NDArray[Any]:

@@ -120,11 +120,7 @@ def warn_of_idle_cache(policy: str, plan: StepPlan, strict: bool) -> None:
     Raises:
         ConfigError: the same, where it is asked to be strict.
     """
-    reason = idle(policy, plan)
-    if reason is not None and strict:
-        raise ConfigError(reason)
-    if reason is not None:
-        tell(f"warning: {reason}")
+    _warn(idle(policy, plan), strict)
 
 
 def warn_of_idle_run(policy: str, plan: StepPlan, full: list[int], strict: bool) -> None:
@@ -138,14 +134,17 @@ def warn_of_idle_run(policy: str, plan: StepPlan, full: list[int], strict: bool)
     if plan.gate is None:
         return
     steps, threshold = len(plan.full), f"its threshold is {plan.gate.threshold:.5g}"
-    reason = ""
     if all(count == steps for count in full):
-        reason = f"cache {policy} never reused: all {steps} steps were full; {threshold}"
+        _warn(f"cache {policy} never reused: all {steps} steps were full; {threshold}", strict)
     elif all(count == plan.full_steps for count in full):
-        reason = f"cache {policy} reused every step that it may: {threshold}"
-    if reason and strict:
+        _warn(f"cache {policy} reused every step that it may: {threshold}", strict)
+
+
+def _warn(reason: str | None, strict: bool) -> None:
+    """Say a reason, if there is one, or raise it where that is asked for."""
+    if reason is not None and strict:
         raise ConfigError(reason)
-    if reason:
+    if reason is not None:
         tell(f"warning: {reason}")
 
 

@@ -16,6 +16,7 @@ from ditcast.cache.guard import guarded
 from ditcast.cache.learned import routed
 from ditcast.cache.plan import StepPlan
 from ditcast.manifest import REFERENCE, Manifest
+from ditcast.recipe import Recipe
 
 Table = NDArray[np.float32]
 
@@ -53,16 +54,20 @@ class Fitted(NamedTuple):
         return guarded(found, self.forecast, self.reuse)
 
 
-def recipe_plan(manifest: Manifest) -> StepPlan:
-    """The plan that a bundle's recipe asks for, as no calibration has changed it."""
-    recipe = manifest.recipe
+def plan_of(recipe: Recipe, slots: int) -> StepPlan:
+    """The plan that a recipe asks for, of a model with so many slots."""
     return make_plan(
         recipe.cache,
         steps=recipe.steps,
         interval=recipe.interval,
         order=recipe.order,
-        slots=len(manifest.model.slots),
+        slots=slots,
     )
+
+
+def recipe_plan(manifest: Manifest) -> StepPlan:
+    """The plan that a bundle's recipe asks for, as no calibration has changed it."""
+    return plan_of(manifest.recipe, slots=len(manifest.model.slots))
 
 
 def guarding(manifest: Manifest) -> bool:

@@ -19,11 +19,17 @@ def plan(steps: int, interval: int, slots: int, order: int) -> StepPlan:
     return routed(logits[:, None].repeat(slots, axis=1))
 
 
+def computed(router: NDArray[np.float32]) -> NDArray[np.bool_]:
+    """Which slots logits of any shape have computed."""
+    found: NDArray[np.bool_] = 1 / (1 + np.exp(-router)) > TAU
+    return found
+
+
 def routed(router: NDArray[np.float32]) -> StepPlan:
     """The plan of a router's logits (T, slots).
 
     A slot is computed, and its cache renewed, where the sigmoid of its logit is over 0.1.
     """
-    mask: NDArray[np.bool_] = 1 / (1 + np.exp(-router)) > TAU
+    mask = computed(router)
     weights = np.zeros((len(mask), 1, mask.shape[1]), np.float32)
     return StepPlan(full=np.all(mask, axis=1), weights=weights, form="partial", mask=mask)

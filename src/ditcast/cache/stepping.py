@@ -103,6 +103,12 @@ class Stepper:
         """Predict every slot."""
         raise NotImplementedError
 
+    @staticmethod
+    def held(plan: StepPlan, slots: int) -> int:
+        """How many tensors of a slot's output, per row of the batch, are kept."""
+        del slots
+        return 4 + plan.history
+
 
 class Meter:
     """What a gate knows of the trajectory so far."""
@@ -172,6 +178,12 @@ class Forecasting(Stepper):
         """The stream takes the forecast in place of the slots."""
         return self.request.run("reuse", forecast=self.pending.pop(step))["output"]
 
+    @staticmethod
+    def held(plan: StepPlan, slots: int) -> int:
+        """A forecast for every step ahead, and the sum of several where there are."""
+        del slots
+        return int(plan.ahead()[0].shape[1]) * (1 if plan.history == 1 else 2)
+
 
 class Residual(Stepper):
     """A full step's own gated outputs, summed up, are what later steps add to their stream."""
@@ -228,6 +240,11 @@ class Extrapolated(Stepper):
         factors = self.request.array(self.ladder.weights(step))
         return self.request.run("extrapolate", factors=factors, y=self.y)["output"]
 
+    @staticmethod
+    def held(plan: StepPlan, slots: int) -> int:
+        """Outputs and inputs of all slots, in two buffers in turn."""
+        return 2 * slots * (plan.history + 1) + 2 * plan.history
+
 
 class Relational(Extrapolated):
     """Extrapolation gives each slot's direction, its input the length (RFE)."""
@@ -258,6 +275,12 @@ class Partial(Stepper):
 
     reuse = full
 
+    @staticmethod
+    def held(plan: StepPlan, slots: int) -> int:
+        """The last outputs of all slots, in two buffers in turn."""
+        del plan
+        return 2 * slots
+
 
 # form -> (its steps, the graphs that they run beside the gate's)
 FORMS: dict[str, tuple[type[Stepper], tuple[str, ...]]] = {
@@ -283,12 +306,4 @@ def graphs(plan: StepPlan) -> tuple[str, ...]:
 
 def held(plan: StepPlan, slots: int) -> int:
     """How many tensors of a slot's output, per row of the batch, a trajectory keeps."""
-    history = plan.history
-    if plan.form == "forecast":
-        ahead = int(plan.ahead()[0].shape[1])
-        return ahead * (1 if history == 1 else 2)
-    if plan.form == "partial":  # as below, of the last step's alone
-        return 2 * slots
-    if plan.form in ("extrapolate", "relate"):  # two buffers in turn
-        return 2 * slots * (history + 1) + 2 * history
-    return 4 + history
+    return FORMS[plan.form][0].held(plan, slots)

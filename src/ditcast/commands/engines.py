@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
 
 from ditcast.bundle import Bundle
-from ditcast.options import BUNDLE, ENGINE_BACKENDS, JSON, QUIET
+from ditcast.options import BUNDLE, ENGINE_BACKENDS, JSON, QUIET, write_json
 from ditcast.tables import show
 
 
@@ -44,9 +43,7 @@ def build(
         sizes = [f"{size / 2**20:.2f}", f"{engine.weights_bytes / 2**20:.2f}"]
         rows.append([engine.graph, engine.key[:16], engine.device, *sizes, f"{engine.build_s:.1f}"])
     show(rows, right=3)
-    if json_file is not None:
-        values = [engine.model_dump(mode="json") for engine in engines]
-        json_file.write_text(json.dumps(values, indent=1) + "\n")
+    write_json(json_file, [engine.model_dump(mode="json") for engine in engines])
     click.echo(f"{bundle}: built; next: ditcast audit {bundle} --backend {backend}")
 
 
@@ -59,7 +56,6 @@ def audit_built(bundle: Path, backend: str, loop: str, json_file: Path | None) -
         for line in engine.lines():
             click.echo(line)
     show([HEADER, *(row for engine in found for row in engine.rows())], right=3)
-    if json_file is not None:
-        json_file.write_text(json.dumps([x.as_json() for x in found], indent=1) + "\n")
+    write_json(json_file, [engine.as_json() for engine in found])
     if any(engine.lost for engine in found):
         raise click.exceptions.Exit(1)
