@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,7 +34,7 @@ from ditcast.sampling import (
     update,
     with_null,
 )
-from ditcast.schedule import NoiseSchedule, from_config
+from ditcast.schedule import SPACINGS, NoiseSchedule, from_config
 from ditcast.settings import Settings
 
 Samples = NDArray[np.float32]
@@ -46,13 +46,17 @@ Cache = str | StepPlan | None
 class Step:
     """What a callback sees after each step of the host loop."""
 
-    index: int
+    index: int  # from 0, the noisiest
     full: bool
-    sample: Samples
+    sample: Samples  # (n, C, H, W), as the step has left it
 
 
 class Pipeline:
-    """A bundle, loaded into a backend; sessions open when first needed and are kept."""
+    """A bundle, loaded into a backend; sessions open when first needed and are kept.
+
+    Its `bundle`, `backend`, `recipe`, `model` (what the manifest says of it) and `schedule` are
+    there to be read.
+    """
 
     def __init__(
         self,
@@ -65,8 +69,15 @@ class Pipeline:
     ) -> None:
         """Open a bundle; `target` picks other graphs than those the backend runs fastest.
 
-        With `low_memory` the temporal features' weights leave memory before those of the steps
-        are loaded, and are loaded again for the next request.
+        `backend` is a name (`auto` is the one that is fastest here), or one that is open. With
+        `low_memory` the temporal features' weights leave memory before those of the steps are
+        loaded, and are loaded again for the next request.
+
+        Raises:
+            BundleError: no bundle there, or a damaged one.
+            ConfigError: no such backend, or more threads than cores.
+            MissingDependencyError: the backend's package is not installed.
+            UnsupportedError: the backend cannot run here.
         """
         self.bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(Path(bundle))
         if isinstance(backend, str):
@@ -95,6 +106,10 @@ class Pipeline:
         """The step plan of a request: of a policy, or `cache` itself.
 
         Another number of steps than the recipe's is fine here.
+
+        Raises:
+            ConfigError: a bad number of steps, no such policy, or one that the backend or the
+                bundle has no graphs for.
         """
         steps = self.recipe.steps if steps is None else steps
         self.schedule.timesteps(steps)  # refuses a bad number of steps before any work is done
@@ -161,17 +176,22 @@ class Pipeline:
         loop: Loop = "host",
         callback: Callable[[Step], None] | None = None,
     ) -> Samples:
-        """Sample one image per label; returns `(n, C, H, W)` float32.
+        """Sample one image per label; returns `(n, C, H, W)` float32; pixels are in about [-1, 1].
 
         Image i is that of (seed, first + i), whatever the batch. `guidance`, `steps` and `cache`
-        (the name of a policy, or a plan) default to the recipe's; `spacing` to the model's.
-        `callback` is called after each step.
+        (the name of a policy, or a plan) default to the recipe's; `spacing` (leading, linspace,
+        trailing) to the model's. `loop` graph is one run of `sampler.onnx`, host one graph after
+        the other, with `callback` after each step.
 
         Raises:
-            ConfigError: no labels or one outside the classes, bad steps, guidance without a null
-                label, or a graph loop that is asked for what its graph does not hold.
+            ConfigError: no labels or one outside the classes, bad steps, spacing, loop or guidance,
+                a graph loop that is asked for what its graph does not hold, stored features
+                or tables that do not fit the request, or caches that memory does not hold.
+            BundleError: a graph is missing or stale, or the backend cannot load or run it.
         """
         self._check_labels(labels)
+        _check_choice("loop", loop, get_args(Loop))
+        _check_choice("spacing", self.schedule.spacing if spacing is None else spacing, SPACINGS)
         guidance = self.recipe.guidance if guidance is None else guidance
         if not 0 <= guidance < float("inf"):
             raise ConfigError(f"guidance: got {guidance}, expected a number from 0")
@@ -329,3 +349,9 @@ class Pipeline:
         for label in labels:
             if not 0 <= label <= last:
                 raise ConfigError(f"labels: got {label}, expected 0 to {last}")
+
+
+def _check_choice(key: str, got: str, known: Sequence[str]) -> None:
+    """Refuse what would be taken for the default."""
+    if got not in known:
+        raise ConfigError(f"{key}: got {got!r}, expected one of {', '.join(known)}")

@@ -160,14 +160,11 @@ def test_the_graph_loop_refuses_what_it_does_not_hold(
         ([0], {"steps": -2, "cache": "none"}, "steps: got -2, expected 1 to 1000"),
         ([0], {"steps": 10**9}, "steps: got 1000000000, expected 1 to 1000"),
         ([0], {"steps": 1}, "interval: got 2, expected at most the number of steps"),
-        (
-            [0],
-            {"cache": "teacache"},
-            "cache: unknown policy 'teacache'; expected one of none, fora, taylor",
-        ),
+        ([0], {"cache": "teacache"}, "cache: unknown policy 'teacache'; expected one of none, fo"),
         ([0], {"guidance": -1.0}, "guidance: got -1.0, expected a number from 0"),
         ([0], {"guidance": float("nan")}, "guidance: got nan, expected"),
         ([0], {"guidance": float("inf")}, "guidance: got inf, expected"),
+        ([0], {"spacing": "even"}, "spacing: got 'even', expected one of leading, linspace, trai"),
     ],
 )
 @pytest.mark.parametrize("loop", ["host", "graph"])
@@ -177,6 +174,12 @@ def test_bad_requests_are_refused(
     """Each says what it got and what it expects, in both loops."""
     with pytest.raises(ConfigError, match=match):
         quantized.sample(labels, loop=loop, **request_)
+
+
+def test_a_loop_that_is_not_there(quantized: Pipeline) -> None:
+    """Not taken for the host loop."""
+    with pytest.raises(ConfigError, match="loop: got 'device', expected one of host, graph"):
+        quantized.sample([0], loop="device")  # type: ignore[arg-type] # what a user may type
 
 
 def test_a_target_that_is_not_there(shared_bundle: Bundle) -> None:
