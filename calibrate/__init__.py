@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from ditcast.calibrate.stage import calibrate
+from ditcast.calibrate.stage import calibrate, check
 
-__all__ = ["calibrate"]
+__all__ = ["calibrate", "check"]

@@ -45,6 +45,7 @@ def smooth(activation: Tensor, weight: Tensor) -> Tensor:
     return weight ** (1 - SMOOTH) / largest**SMOOTH
 
 
+# name -> (largest inputs (T, I), largest weights (I,)) -> factors (I,)
 BALANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"smooth": smooth, "ptq4dit": ptq4dit}
 
 

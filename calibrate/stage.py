@@ -35,7 +35,8 @@ def calibrate(bundle: Bundle, model: LoadedModel) -> None:
 
     Raises:
         ConfigError: a recipe that does not fit the model, NaN or Inf in a trajectory.
-        BundleError: an interrupted calibration of something else.
+        BundleError: an interrupted calibration of something else, another process that writes to
+            the bundle, or a full disk.
     """
     _quantize(bundle, model)
     cache.fit(bundle, model)

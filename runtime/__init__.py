@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from ditcast.runtime.pipeline import Pipeline
+from ditcast.runtime.pipeline import Pipeline, Step
 
-__all__ = ["Pipeline"]
+__all__ = ["Pipeline", "Step"]

@@ -105,7 +105,12 @@ def audit(bundle: Bundle, backend: Backend, loop: str = "host") -> Audit:
     """Run the graphs of the plan's steps (or `sampler.onnx`, the graph loop) under the profiler.
 
     The manifest says which quantized layers a graph holds, so a layer that vanished is a failure
-    too. Of a layer in several graphs the one that lost its integers is reported, if any.
+    too. Of a layer in several graphs the one that lost its integers is reported, if any. `backend`
+    is that of a `Pipeline`, or of `make_backend`.
+
+    Raises:
+        BundleError: a graph is missing or stale, or the backend cannot load or run it.
+        UnsupportedError: a backend of engines, which `ditcast audit` judges by their builder's log.
     """
     plan = recipe_plan(bundle.manifest)
     names = ("temporal", *graphs_of(plan)) if loop == "host" else ("sampler",)

@@ -106,7 +106,11 @@ def bench(
     """Measure full precision, quantized, cached, both, and fewer full-precision steps.
 
     `count` images in batches of the recipe's size, classes in turn. Returns the report as plain
-    values; the images that the page shows are under `"shown"` as `(n, C, H, W)` arrays.
+    values (units are in their names); the samples that the page shows are under `"shown"` as
+    `(n, C, H, W)` arrays by variant.
+
+    Raises:
+        DitcastError: as `Pipeline` and `Pipeline.sample`.
     """
     recipe, model = bundle.manifest.recipe, bundle.manifest.model
     settings = settings or Settings()
@@ -123,11 +127,7 @@ def bench(
             for variant in variants:
                 variant.run(batch, seed, i * recipe.batch, recipe.guidance)
                 advance()
-    rows = [
-        _row(variant, variants[0], bundle)
-        | {"peak_memory_mib": _peak_memory_mib(bundle, variant, settings)}
-        for variant in variants
-    ]
+    rows = [_row(variant, variants[0], bundle, settings) for variant in variants]
     return {
         "machine": machine.describe(),
         "backend": variants[0].pipeline.backend.facts(),
@@ -203,7 +203,9 @@ def _fewer_steps(variants: list[Variant], batch: list[int], guidance: float, see
     return Variant(f"{steps} steps", reference.pipeline, "none", steps, spacing)
 
 
-def _row(variant: Variant, reference: Variant, bundle: Bundle) -> dict[str, Any]:
+def _row(
+    variant: Variant, reference: Variant, bundle: Bundle, settings: Settings
+) -> dict[str, Any]:
     """The figures of one variant; speed never without fidelity beside it."""
     made, wanted = (np.concatenate(v.samples) for v in (variant, reference))
     ratios = np.asarray(reference.image_ms) / np.asarray(variant.image_ms)
@@ -223,6 +225,7 @@ def _row(variant: Variant, reference: Variant, bundle: Bundle) -> dict[str, Any]
         **fidelity.figures(made, wanted),
         "samples": len(made),
         "size_bytes": sum(e.size for name, e in files.items() if name.startswith(folder)),
+        "peak_memory_mib": _peak_memory_mib(bundle, variant, settings),
     }
 
 

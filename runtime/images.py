@@ -20,12 +20,12 @@ Pixels = NDArray[np.uint8]
 
 
 def to_unit(samples: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Samples in [-1, 1] as images clipped to [0, 1]."""
+    """Samples of any shape in [-1, 1] as images clipped to [0, 1]."""
     return np.clip(samples / 2 + 0.5, 0, 1)
 
 
 def to_pixels(samples: NDArray[np.float32]) -> Pixels:
-    """Samples `(n, 3, H, W)` as pictures `(n, H, W, 3)`."""
+    """Samples `(n, 3, H, W)` in [-1, 1] as pictures `(n, H, W, 3)` uint8."""
     found: Pixels = np.rint(to_unit(samples) * 255).astype(np.uint8).transpose(0, 2, 3, 1)
     return found
 
@@ -79,7 +79,7 @@ def save(samples: NDArray[np.float32], path: Path, scale: int = 1, *, columns: i
     """Write a `.png` grid, enlarged `scale` times, or the samples themselves as `.npy`.
 
     Raises:
-        ConfigError: as `check_output`.
+        ConfigError: another file type, a missing folder, or a `.png` of latents.
     """
     check_output(path, samples.shape[1])
     if path.suffix == ".npy":
@@ -91,14 +91,14 @@ def save(samples: NDArray[np.float32], path: Path, scale: int = 1, *, columns: i
 
 
 def psnr_db(images: NDArray[np.float32], paired: NDArray[np.float32]) -> NDArray[np.float64]:
-    """PSNR per image of `(n, C, H, W)` in [0, 1] against its pair, capped at 100 dB."""
+    """PSNR `(n,)` of images `(n, C, H, W)` in [0, 1] against their pairs, capped at 100 dB."""
     error = np.square(images.astype(np.float64) - paired).mean(axis=(1, 2, 3))
     found: NDArray[np.float64] = -10 * np.log10(np.maximum(error, 10 ** (-PSNR_CAP / 10)))
     return found
 
 
 def ssim(images: NDArray[np.float32], paired: NDArray[np.float32]) -> NDArray[np.float64] | None:
-    """SSIM per image, window 7; None without the `report` extra, and of what is smaller."""
+    """SSIM `(n,)` of the same, window 7; None without the `report` extra and for smaller images."""
     if importlib.util.find_spec("skimage") is None or min(images.shape[2:]) < WINDOW:
         return None
     from skimage.metrics import structural_similarity

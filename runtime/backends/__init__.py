@@ -36,9 +36,9 @@ def make_backend(name: str, settings: Settings | None = None) -> Backend:
     """The backend of that name.
 
     Raises:
-        ConfigError: no such backend.
+        ConfigError: no such backend, or more threads than cores.
         MissingDependencyError: its package is not installed.
-        UnsupportedError: it needs a GPU, and there is none.
+        UnsupportedError: there is no GPU for it, or this CPU's integer products are wrong.
     """
     known = BACKENDS | ENGINES
     if name not in known:

@@ -86,11 +86,19 @@ class Session(Protocol):
     """One loaded graph."""
 
     def run(self, feeds: Arrays, outputs: Sequence[str]) -> dict[str, NDArray[Any]]:
-        """Compute the named outputs."""
+        """Compute the named outputs.
+
+        Raises:
+            BundleError: the runtime fails, as where memory runs out.
+        """
         ...
 
     def run_into(self, feeds: Arrays, buffers: Arrays) -> None:
-        """Compute the outputs that `buffers` names into its arrays, without copies."""
+        """Compute the outputs that `buffers` names into its contiguous arrays, without copies.
+
+        Raises:
+            BundleError: as `run`.
+        """
         ...
 
 
@@ -102,7 +110,11 @@ class Backend(Protocol):
     loops: tuple[str, ...]  # the control loops it can run
 
     def session(self, graph: GraphFile) -> Session:
-        """Load a graph."""
+        """Load a graph.
+
+        Raises:
+            BundleError: the runtime cannot load it, as where memory runs out.
+        """
         ...
 
     def profile(self, graph: GraphFile, feeds: Arrays, runs: int) -> list[NodeTime]:

@@ -77,7 +77,8 @@ class Bundle:
         """Open the bundle at `path` if it is of the same model and recipe, else start one there.
 
         Raises:
-            BundleError: `path` is a file, holds another bundle, or holds other files.
+            BundleError: `path` is a file, holds another bundle, or holds other files; what is there
+                is damaged, or another process is writing to it.
         """
         if path.exists() and not path.is_dir():
             raise BundleError(f"bundle: {path} is a file; give a directory to -o")

@@ -27,7 +27,7 @@ class BundleError(DitcastError):
 
 
 class ParityError(DitcastError):
-    """An exported graph that does not compute what the model computes."""
+    """An exported graph that does not compute what the model computes; commands exit with 1."""
 
 
 def optional(module: str, extra: str) -> ModuleType:

@@ -8,6 +8,7 @@ from ditcast.cache import first_block, fora, learned, none, relational, stack, t
 from ditcast.cache.plan import StepPlan
 from ditcast.errors import ConfigError
 
+# name -> (steps, interval, slots, order) -> its plan
 POLICIES: dict[str, Callable[[int, int, int, int], StepPlan]] = {
     "none": none.plan,
     "fora": fora.plan,

@@ -49,6 +49,9 @@ class StepPlan:
     forms find their weights on the way, and only the length of the history counts. The form
     `partial` has a `mask` (T, slots) bool instead: which slots each step computes, where the
     others repeat what they gave last.
+
+    Raises:
+        ValueError: the first step is not full, or `weights` has another number of steps.
     """
 
     full: NDArray[np.bool_]
@@ -109,7 +112,7 @@ class StepPlan:
 
 
 def hold(full: NDArray[np.bool_], slots: int) -> StepPlan:
-    """The plan that repeats the newest full step's outputs at every reuse step."""
+    """The plan that repeats the newest full step's outputs; `full` (T,) starts with True."""
     weights = np.where(full, 0.0, 1.0)[:, None, None] * np.ones((1, 1, slots))
     return StepPlan(full=full, weights=weights.astype(np.float32))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ditcast.models.base import Adapter, LoadedModel
+from ditcast.models.base import Adapter, LoadedModel, describe
 from ditcast.models.source import ADAPTERS, load
 
-__all__ = ["ADAPTERS", "Adapter", "LoadedModel", "load"]
+__all__ = ["ADAPTERS", "Adapter", "LoadedModel", "describe", "load"]

@@ -171,7 +171,11 @@ def is_near(adapter: Adapter, graph: str) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedModel:
-    """A model from disk, or a random one, with what its pipeline folder says of it."""
+    """A model from disk, or a random one, with what its pipeline folder says of it.
+
+    `source` is what it was loaded by, `scheduler` the diffusers config of its noise schedule, and
+    `fingerprint` the hash of its config and weights; `classes` is empty without `classes.json`.
+    """
 
     source: str
     adapter: Adapter

@@ -18,7 +18,8 @@ from ditcast.models.base import LoadedModel
 from ditcast.models.dit import DiTAdapter
 from ditcast.models.unet import UNetAdapter
 
-# One line per model family: diffusers class name -> (its class, its adapter).
+# One line per model family: diffusers class name -> (its class, its adapter). An adapter is made of
+# a model and the number of names in `classes.json`, None without it.
 ADAPTERS: dict[str, tuple[Any, Any]] = {
     DiTAdapter.architecture: (DiTTransformer2DModel, DiTAdapter),
     UNetAdapter.architecture: (UNet2DModel, UNetAdapter),
