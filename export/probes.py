@@ -72,13 +72,14 @@ class _Feeds:
         self.adapter, self.history = adapter, history
         self.first, self.second = features
         slots, rows = len(adapter.slots), len(sample)
-        # The first row has the first slot alone: what lies behind the first layers only.
-        weights = torch.ones(2, slots)
+        # The first row has the first slot alone: what lies behind the first layers only. Four rows
+        # are as many as make forecasts a product (`export.forecast`).
+        weights = torch.ones(4, slots)
         weights[0, 1:] = 0
         self.known: dict[str, Tensor] = {
             "sample": sample,
             "features": self.first,
-            "ahead": self.second[None].repeat(2, 1, 1),
+            "ahead": self.second[None].repeat(4, 1, 1),
             "weights": weights,
             "mask": (torch.arange(slots) % 2).float(),
             "factors": 1 / torch.arange(1.0, history + 1),

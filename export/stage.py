@@ -22,6 +22,7 @@ from ditcast.errors import BundleError, ConfigError
 from ditcast.export import parity
 from ditcast.export.body import LoopSpec
 from ditcast.export.branching import branch
+from ditcast.export.forecast import multiply
 from ditcast.export.loop import sampler_graph
 from ditcast.export.probes import Probe, loop_probe, make_probes, short_steps
 from ditcast.export.quantize import insert_qdq
@@ -176,8 +177,11 @@ def _write_target(
                 lower(graph, name)
             path = folder / f"{name}.onnx"
             store.save(graph, path)
+            proto = onnx.load(path, load_external_data=False)
             if name in BRANCHED:
-                store.save_proto(branch(onnx.load(path, load_external_data=False)), path)
+                store.save_proto(branch(proto), path)
+            elif name == "full" and TARGETS[target].multiplies:
+                store.save_proto(multiply(proto, adapter.slot_shape), path)
         parts = {
             name: onnx.load(folder / f"{name}.onnx", load_external_data=False)
             for name in ("temporal", *graphs(fitted.plan(bundle.manifest)))

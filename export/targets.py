@@ -19,7 +19,8 @@ class Target(NamedTuple):
 
     A target without integers, `dtype` None, is in full precision. One that `unfolds` has integer
     convolutions as MatMuls over their windows. One that is `typed` takes its precision from the
-    graph: see `export.tensorrt`.
+    graph: see `export.tensorrt`. One that `multiplies` has forecasts as products: see
+    `export.forecast`; others fuse the sum that they are, and do not branch well.
     """
 
     dtype: type[np.generic] | None
@@ -27,13 +28,14 @@ class Target(NamedTuple):
     loop: bool
     unfolds: bool = False
     typed: bool = False
+    multiplies: bool = False
 
 
 # u8 with zero point 128 and s8 with 0 are the same integers, shifted. ONNX Runtime's CPU
 # kernels are faster with the first (1.3 to 3 times), OpenVINO's with the second (1.2 times).
 TARGETS: dict[str, Target] = {
-    REFERENCE: Target(None, 0, loop=True),
-    "onnxruntime": Target(np.uint8, 128, loop=True, unfolds=True),
+    REFERENCE: Target(None, 0, loop=True, multiplies=True),
+    "onnxruntime": Target(np.uint8, 128, loop=True, unfolds=True, multiplies=True),
     "openvino": Target(np.int8, 0, loop=False),
     "tensorrt": Target(np.int8, 0, loop=True, typed=True),
 }

@@ -14,7 +14,8 @@ from ditcast.manifest import ModelInfo
 from ditcast.runtime.backends import Session
 
 Array = NDArray[np.float32]
-KEPT = {"gauge", "stream", "y_now", "a_now", "slope", "kept"}  # read while the graph runs again
+# What is read while the graph that gives it runs again.
+KEPT = {"forecast", "gauge", "stream", "y_now", "a_now", "slope", "kept"}
 
 
 class HostRequest:

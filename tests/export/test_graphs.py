@@ -269,8 +269,9 @@ def test_attention_is_one_operator_per_block(
 
 
 def permutations(graph: onnx.GraphProto) -> list[list[int]]:
-    """What the transposes of a graph do, in order."""
-    return [list(node.attribute[0].ints) for node in nodes_of(graph, "Transpose")]
+    """What the transposes of a graph do, in order; not those of forecasts."""
+    nodes = (node for node in nodes_of(graph, "Transpose") if "forecast/" not in node.name)
+    return [list(node.attribute[0].ints) for node in nodes]
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -309,7 +310,9 @@ def test_a_full_step_looks_ahead_as_far_as_asked(
 
 def test_a_loop_runs_over_segments(shared_bundle: Bundle) -> None:
     """An outer Loop, and within it a Loop of reuse steps; each step graph is there once."""
-    top, outer, inner = bodies(read(shared_bundle, "reference", "sampler").graph)
+    graph = read(shared_bundle, "reference", "sampler").graph
+    top, outer, *forecasts, inner = bodies(graph)
+    assert len(forecasts) == 2  # as a product, and as a sum
     loops = [[n.op_type for n in body.node].count("Loop") for body in (top, outer, inner)]
     assert loops == [1, 1, 0]
     assert any(n.name == "segments/full/blocks.1.mlp.fc2/MatMul" for n in outer.node)
@@ -340,3 +343,30 @@ def test_no_path_of_this_machine_is_in_a_file(shared_bundle: Bundle, tiny_dir: P
         content = shared_bundle.graph(target, name).read_bytes()
         for text in (b"site-packages", b".py", str(tiny_dir.parent).encode()):
             assert text not in content
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_many_forecasts_are_one_product(shared_bundle: Bundle, target: str) -> None:
+    """All rows at once give what each gives alone, summed up slot by slot; none gives none."""
+    rng = np.random.default_rng(0)
+    session = make_backend("onnxruntime").session(graph_file(shared_bundle, target, "full"))
+    feeds: dict[str, NDArray[Any]] = {
+        "sample": rng.standard_normal((2, *SAMPLE[1:]), np.float32),
+        "features": rng.standard_normal((2, FEATURES), np.float32) / 4,
+        "ahead": rng.standard_normal((5, 2, FEATURES), np.float32),
+        "weights": rng.standard_normal((5, SLOTS), np.float32),
+    }
+
+    def forecast(rows: slice) -> NDArray[Any]:
+        cut = {name: feeds[name][rows] for name in ("ahead", "weights")}
+        return session.run(feeds | cut, ["forecast"])["forecast"]
+
+    together = forecast(slice(None))
+    alone = np.concatenate([forecast(slice(r, r + 1)) for r in range(5)])
+    np.testing.assert_allclose(together, alone, rtol=0, atol=1e-5 * np.abs(alone).max())
+    assert forecast(slice(0)).shape == (0, 2, TOKENS, WIDTH)
+    graph = read(shared_bundle, target, "full").graph
+    (branching,) = (node for node in graph.node if node.op_type == "If")
+    branches = {a.name: [node.op_type for node in a.g.node] for a in branching.attribute}
+    assert branches["then_branch"].count("MatMul") == 1
+    assert branches["else_branch"].count("Mul") == SLOTS

@@ -69,8 +69,8 @@ def test_golden_values_are_what_the_graphs_give(shared_bundle: Bundle) -> None:
     assert held.keys() == inputs | {f"{target}.output" for target in targets}
     for target in targets:
         feeds = {name: held[f"{target}.input.{name}"] for name in names}
-        assert feeds["ahead"].shape == (2, *feeds["features"].shape)
-        assert feeds["weights"].tolist() == [[1, 0, 0, 0], [1, 1, 1, 1]]
+        assert feeds["ahead"].shape == (4, *feeds["features"].shape)
+        assert feeds["weights"].tolist() == [[1, 0, 0, 0], *[[1, 1, 1, 1]] * 3]
         session = make_backend("onnxruntime").session(graph_file(shared_bundle, target, "full"))
         found = session.run(feeds, ["output"])["output"]
         np.testing.assert_allclose(found, held[f"{target}.output"], rtol=0, atol=1e-5)

@@ -164,15 +164,10 @@ class Forecasting(Stepper):
         found = self.request.run("full", ahead=ahead, weights=weights)
         for t, part in zip(later, found["forecast"], strict=True):
             if t != step:
-                self._add(t, part)
+                if t in self.pending:  # the sum moves into the newer buffer
+                    part += self.pending[t]
+                self.pending[t] = part
         return found["output"]
-
-    def _add(self, later: int, part: Array) -> None:
-        """Add one full step's part; only the newest is read before its buffer is filled again."""
-        if self.plan.history == 1:
-            self.pending[later] = part
-        else:
-            self.pending[later] = self.pending[later] + part if later in self.pending else +part
 
     def reuse(self, step: int) -> Array:
         """The stream takes the forecast in place of the slots."""
@@ -180,9 +175,9 @@ class Forecasting(Stepper):
 
     @staticmethod
     def held(plan: StepPlan, slots: int) -> int:
-        """A forecast for every step ahead, and the sum of several where there are."""
+        """A forecast for every step ahead, in two buffers in turn."""
         del slots
-        return int(plan.ahead()[0].shape[1]) * (1 if plan.history == 1 else 2)
+        return int(plan.ahead()[0].shape[1]) * 2
 
 
 class Residual(Stepper):
