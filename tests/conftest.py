@@ -129,6 +129,13 @@ def blocks_bundle(tiny: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -
     return make_bundle(tiny, path, ("tensorrt",), scheme="w4a8")
 
 
+@pytest.fixture(scope="session")
+def fp8_bundle(tiny: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """A bundle of 8-bit floats, which only TensorRT runs; never write to it."""
+    path = tmp_path_factory.mktemp("fp8") / "fp8.bundle"
+    return make_bundle(tiny, path, ("tensorrt",), scheme="fp8")
+
+
 @pytest.fixture
 def bundle(shared_bundle: Bundle, tmp_path: Path) -> Bundle:
     """A copy of the shared bundle that a test may damage."""
