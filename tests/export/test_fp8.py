@@ -21,13 +21,17 @@ from ditcast.runtime import Pipeline
 from ditcast.runtime.backends import graph_file
 from tests.conftest import TINY, Cli, make_bundle
 from tests.export.test_schemes import LABELS, SEED, psnr_db, simulated
-from tests.unets import CLASSES, CONDITIONAL, loaded
 
 E4M3 = TensorProto.FLOAT8E4M3FN
 SCHEMES: dict[str, dict[str, Any]] = {
     "one range": {"scheme": "fp8"},
-    "a range per step": {"scheme": "fp8", "fsc": "all", "balance": "smooth"},
-    "stored features": {"scheme": "fp8", "temporal": "cache", "labels": [1, 3]},
+    "a range per step, stored features": {
+        "scheme": "fp8",
+        "fsc": "all",
+        "balance": "smooth",
+        "temporal": "cache",
+        "labels": [1, 3],
+    },
     "integers in the TIB and beside them": {
         "temporal": "tib",
         "rules": [
@@ -104,15 +108,13 @@ def test_the_graphs_sample_as_the_simulation(model: LoadedModel, tmp_path: Path,
     assert psnr_db(graph, host) >= 40
 
 
-def test_convolutions(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_convolutions(fp8_unet: Bundle) -> None:
     """A U-Net's kernels are codes of one byte as well, one scale per output channel."""
-    model = loaded(tmp_path_factory.mktemp("unet"), CLASSES, **CONDITIONAL)
-    bundle = make_bundle(model, tmp_path / "b", ("tensorrt",), scheme="fp8")
-    graph = onnx.load(bundle.graph("tensorrt", "full")).graph
+    graph = onnx.load(fp8_unet.graph("tensorrt", "full")).graph
     kernels = [t for t in graph.initializer if t.data_type == E4M3 and len(t.dims) == 4]
     assert len(kernels) > 5
-    found = Pipeline(bundle, target="tensorrt").sample([1], seed=SEED, cache="none")
-    exact = Pipeline(bundle, target="reference").sample([1], seed=SEED, cache="none")
+    found = Pipeline(fp8_unet, target="tensorrt").sample([1], seed=SEED, cache="none")
+    exact = Pipeline(fp8_unet, target="reference").sample([1], seed=SEED, cache="none")
     assert 10 < psnr_db(found, exact) < 100
 
 

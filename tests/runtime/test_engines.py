@@ -115,6 +115,18 @@ def test_8_bit_floats(fp8_bundle: Bundle, tmp_path: Path, capability: str) -> No
         assert {row[2] for row in found.rows()} == {"FP8"}
 
 
+def test_convolutions_of_8_bit_floats(fp8_unet: Bundle, tmp_path: Path) -> None:
+    """All of a U-Net's, in one plan for two generations."""
+    builder = EngineBuilder(RTX, ("8.9", "12.0"))
+    bundle = build(fp8_unet, tmp_path / "b", builder, "full", "sampler")
+    for loop in ("host", "graph"):
+        (found,) = audit_engines(bundle, RTX, loop)
+        assert found.lost == ()
+        kinds = [layer.kernel for layer in found.layers]
+        assert set(kinds) == {"FP8 convolution", "FP8 gemm"}
+        assert kinds.count("FP8 convolution") > 5
+
+
 @pytest.mark.parametrize("capabilities", [("8.6",), ("8.9", "8.0")])
 def test_8_bit_floats_are_not_for_older_devices(
     fp8_bundle: Bundle,
