@@ -220,7 +220,7 @@ class Walk:
                     unit(some)
                     states.update((name, observer.end_batch(states[name])) for name in names)
                 for name in names:
-                    wide = self.bits[name].activation
+                    wide = self.bits[name]
                     scale = self.method.input_scale(states[name], self.recipe.percentile, wide)
                     measured[name].append(scale)
         if self.recipe.fsc != "all":

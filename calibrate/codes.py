@@ -1,4 +1,4 @@
-"""Integer codes of weights and of features, and the searches for their scales."""
+"""Codes of weights, inputs and features, and the searches for their scales."""
 
 from __future__ import annotations
 
@@ -8,12 +8,26 @@ from torch import Tensor
 from ditcast.calibrate.ranges import SHRINK_STEPS
 
 WEIGHT_POWER = 2.4  # error exponent of the weight search (TFMQ-DM code)
+E4M3_TOP = 448  # largest number of float8 e4m3, which has no infinity
 SMALLEST = 1e-12  # a range is never empty, even where a layer sees only zeros
 
 
 def levels(bits: int) -> int:
     """Largest code of a signed integer."""
     return int(2 ** (bits - 1) - 1)
+
+
+def to_e4m3(steps: Tensor) -> Tensor:
+    """The nearest numbers of float8 e4m3, ties to even, those too large being its largest.
+
+    So does QuantizeLinear; a mere cast makes NaN of them.
+    """
+    return steps.clamp(-E4M3_TOP, E4M3_TOP).to(torch.float8_e4m3fn).to(steps.dtype)
+
+
+def e4m3_scale(weight: Tensor) -> Tensor:
+    """Scale (O,) of a weight (O, I) in float8 e4m3: its largest magnitude is the largest code."""
+    return weight.reshape(len(weight), -1).abs().amax(dim=1).clamp(min=SMALLEST) / E4M3_TOP
 
 
 def weight_limits(bits: int) -> tuple[int, int]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ditcast.calibrate.codes import fake_quantize, grouped, levels
+from ditcast.calibrate.codes import fake_quantize, grouped, levels, to_e4m3
 from ditcast.calibrate.qparams import LayerScales
 from ditcast.models.base import Layer
 
@@ -37,6 +37,7 @@ class QuantizedLayer(nn.Module):
         codes = scales.weight_codes(weight)
         restored = (codes * grouped(weight, scales.weight)).view_as(weight)
         self.bits, self.rows, self.folded = scales.bits.activation, rows, folded
+        self.e4m3 = scales.bits.e4m3
         self.weight: Callable[[], Tensor] = lambda: restored
         self.scale = scales.activation
         self.bias = layer.bias
@@ -61,6 +62,8 @@ class QuantizedLayer(nn.Module):
         return self._add_bias((product - surplus) * scale)
 
     def _round(self, x: Tensor, scale: Tensor | float) -> Tensor:
+        if not self.exact and self.e4m3:
+            return to_e4m3(x / scale) * scale
         if not self.exact:
             return fake_quantize(x, scale, 0.0, self.bits)
         if self.bits == 8:

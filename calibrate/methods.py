@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from ditcast.calibrate.codes import SMALLEST, levels, weight_scale
+from ditcast.calibrate.codes import E4M3_TOP, SMALLEST, e4m3_scale, levels, weight_scale
 from ditcast.calibrate.qparams import LayerScales
 from ditcast.calibrate.ranges import OBSERVERS, State
 from ditcast.models.base import Layer
@@ -32,16 +32,18 @@ class Method(NamedTuple):
         return {
             name: LayerScales(
                 bits=wide,
-                weight=weight_scale(
+                weight=e4m3_scale(layers[name].weight.data)
+                if wide.e4m3
+                else weight_scale(
                     layers[name].weight.data, search=self.search, bits=wide.weight, group=group
                 ),
             )
             for name, wide in bits.items()
         }
 
-    def input_scale(self, state: State, percentile: float, bits: int) -> float:
+    def input_scale(self, state: State, percentile: float, bits: Bits) -> float:
         """The scale of inputs that the observer has seen; not zero where they were all zeros."""
-        top = levels(bits)
+        top = E4M3_TOP if bits.e4m3 else levels(bits.activation)
         return max(OBSERVERS[self.observer].bound(state, percentile, top), SMALLEST) / top
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ditcast import tensors
 from ditcast.bundle import Bundle
-from ditcast.calibrate.codes import weight_codes
+from ditcast.calibrate.codes import grouped, to_e4m3, weight_codes
 from ditcast.errors import ConfigError
 from ditcast.recipe import Bits, Rule
 
@@ -23,6 +23,8 @@ from ditcast.recipe import Bits, Rule
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LayerScales:
     """One quantized Linear (O, I), or Conv2d with its window flattened: I = C * kh * kw.
+
+    Its codes are integers, or with `bits.e4m3` numbers of float8 e4m3, to the nearest.
 
     `weight` is (O,) per output channel, or (O, G) per group of inputs. `codes` (O, I) int8 are
     the weight's where they were learned; None is to the nearest. `activation` is the
@@ -40,6 +42,8 @@ class LayerScales:
         """The codes (O, I) of the layer's weight, as float32."""
         if self.codes is not None:
             return self.codes.float()
+        if self.bits.e4m3:
+            return to_e4m3(weight.reshape(len(weight), -1) / grouped(weight, self.weight))
         return weight_codes(weight, self.weight, self.bits.weight)
 
     @property
@@ -186,7 +190,8 @@ def of_bundle(bundle: Bundle) -> QParams:
 
 
 def _layer(found: dict[str, Tensor], prefix: str) -> LayerScales:
-    bits, codes = Bits(*found[f"{prefix}bits"].tolist()), found.get(f"{prefix}codes")
+    weight_bits, input_bits, *e4m3 = found[f"{prefix}bits"].tolist()
+    bits, codes = Bits(weight_bits, input_bits, any(e4m3)), found.get(f"{prefix}codes")
     if codes is not None:
         inputs = int(found[f"{prefix}inputs"])
         codes = torch.from_numpy(_unpacked(codes.numpy(), bits.weight, inputs))

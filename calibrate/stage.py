@@ -107,7 +107,7 @@ def choose_precision(model: LoadedModel, recipe: Recipe) -> dict[str, str]:
     """The precision of every layer that the recipe asks for: the TIB's where it is quantized.
 
     Raises:
-        ConfigError: rules or a group that do not fit the layers.
+        ConfigError: rules or a group that do not fit the layers, 8-bit floats in the TIB.
     """
     layers = model.adapter.layers()
     if recipe.temporal in MODULES:
@@ -119,6 +119,12 @@ def choose_precision(model: LoadedModel, recipe: Recipe) -> dict[str, str]:
             raise ConfigError(
                 f"group: got {recipe.group}, but layer {name} has {inputs} inputs; expected a "
                 "divisor of them, or 0"
+            )
+        if PRECISIONS[kind].e4m3 and name.startswith(TEMPORAL):
+            raise ConfigError(
+                f"rules: got {kind} for layer {name}, whose input ranges are not symmetric, as "
+                "those of 8-bit floats are; use --temporal fp, or rules with precision w8a8 for "
+                f"{TEMPORAL}*"
             )
     return precision
 
@@ -225,7 +231,7 @@ class _Calibration:
             watches = [Watch(name, layers[name], observer, stepwise) for name in names]
             states = collect(self.bundle, self.model, "states", watches) if watches else {}
         for name in names:
-            wide = scales[name].bits.activation
+            wide = scales[name].bits
             values = torch.tensor(
                 [self.method.input_scale(s, recipe.percentile, wide) for s in states[name]]
             )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,7 +31,7 @@ Tensors = Mapping[str, torch.Tensor]
 
 
 def measure(
-    path: Path,
+    graph: GraphFile,
     feeds: Tensors,
     expected: Tensors,
     unquantized: Tensors | None = None,
@@ -49,7 +48,7 @@ def measure(
     Raises:
         ParityError: the difference is over the limit.
     """
-    session = make_backend("onnxruntime").session(GraphFile(path=path))
+    session = make_backend("onnxruntime").session(graph)
     found = session.run({k: v.numpy() for k, v in feeds.items()}, list(expected))
     wanted = {name: tensor.numpy() for name, tensor in expected.items()}
     # `np.max` keeps a NaN wherever it comes; `max` would lose it behind a number.
@@ -62,7 +61,7 @@ def measure(
     }
     if unquantized is None:
         most = HALF_LIMIT if half else FLOAT_LIMIT
-        _check(path, largest <= most, f"{largest:.1e}", f"at most {most} of the range")
+        _check(graph, largest <= most, f"{largest:.1e}", f"at most {most} of the range")
         return parity, found
     if quietest < DRIFT_LIMIT_DB and whole is not None:
         exact = whole()
@@ -70,23 +69,23 @@ def measure(
         parity["share_of_quantization_error"] = float(f"{share:.3e}")
         got = f"{quietest:.1f} dB, {share:.2f} of the quantization error"
         limit = f"at least {DRIFT_LIMIT_DB} dB, or at most {CHAOS_LIMIT:.2f} of it"
-        _check(path, share <= CHAOS_LIMIT, got, limit)
+        _check(graph, share <= CHAOS_LIMIT, got, limit)
         return parity, found
-    _check(path, quietest >= DRIFT_LIMIT_DB, f"{quietest:.1f} dB", f"at least {DRIFT_LIMIT_DB} dB")
+    _check(graph, quietest >= DRIFT_LIMIT_DB, f"{quietest:.1f} dB", f"at least {DRIFT_LIMIT_DB} dB")
     for name, tensor in unquantized.items():
         share = _share(found[name], wanted[name], tensor)
         parity["share_of_quantization_error"] = float(f"{share:.3e}")
         most = HALF_QUANTIZED_LIMIT if half else QUANTIZED_LIMIT
         limit = f"at most {most} of the quantization error"
-        _check(path, share <= most, f"{share:.1e}", limit)
+        _check(graph, share <= most, f"{share:.1e}", limit)
     return parity, found
 
 
-def _check(path: Path, passed: bool, got: str, expected: str) -> None:
+def _check(graph: GraphFile, passed: bool, got: str, expected: str) -> None:
     """Raise the one message of this module; a comparison with NaN has not passed."""
     if not passed:
         raise ParityError(
-            f"export: {path.name} differs from torch: got {got}, expected {expected}; "
+            f"export: {graph.path.name} differs from torch: got {got}, expected {expected}; "
             "nothing was written to the bundle"
         )
 

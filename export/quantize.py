@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from ditcast.calibrate.qparams import LayerScales
 from ditcast.errors import UnsupportedError
 from ditcast.export.convolution import Unfolding, window_matrix
-from ditcast.export.store import as_int4
+from ditcast.export.store import E4M3, as_int4
 from ditcast.export.targets import Target
 from ditcast.export.tensorrt import INT4, block_scales
 from ditcast.models.base import Layer
+
+Codes = NDArray[Any]  # int8, or float8 e4m3
 
 
 def insert_qdq(
@@ -40,7 +42,8 @@ def insert_qdq(
     for layer, scales in layers.items():
         pairs = _Pairs(graph, layer, scales, target, group)
         weight = originals[layer].weight.data
-        codes = scales.weight_codes(weight).numpy().astype(np.int8)
+        dtype = E4M3 if scales.bits.e4m3 else np.int8
+        codes = scales.weight_codes(weight).numpy().astype(dtype)
         kind = "Conv" if weight.dim() == 4 else "MatMul"
         product = named.get(f"{layer}/{kind}") or _split_gemm(graph, named.get(f"{layer}/Gemm"))
         if product is None:
@@ -72,7 +75,7 @@ class _Pairs(NamedTuple):
             codes, ends = self.codes(product.inputs[0])
             product.inputs[0] = self.node("DequantizeLinear", "input", [codes, *ends])
 
-    def convolution(self, conv: gs.Node, kernel: NDArray[np.int8]) -> None:
+    def convolution(self, conv: gs.Node, kernel: Codes) -> None:
         """The same for a convolution with a kernel (O, C, kh, kw), in the form of the target."""
         if self.scales.activation is None and self.target.typed:
             raise UnsupportedError(
@@ -95,7 +98,8 @@ class _Pairs(NamedTuple):
 
     def codes(self, x: gs.Variable) -> tuple[gs.Variable, list[gs.Constant]]:
         """The codes of the layer's input, and the scale and zero point that restore it."""
-        dtype, held = self.target.dtype, self.scales.activation
+        dtype = E4M3 if self.scales.bits.e4m3 else self.target.dtype
+        held = self.scales.activation
         assert dtype is not None
         assert held is not None
         value = np.array(1.0 if self.scales.stepwise else float(held), np.float32)
@@ -105,12 +109,12 @@ class _Pairs(NamedTuple):
         ]
         return self.node("QuantizeLinear", "codes", [x, *ends], dtype), ends
 
-    def matrix(self, codes: NDArray[np.int8]) -> gs.Variable:
+    def matrix(self, codes: Codes) -> gs.Variable:
         """A weight that is stored as (I, O), restored."""
         scale = self.scales.weight.numpy().T
         return self.weight(codes, scale, axis=1 if scale.ndim == 1 else 0)
 
-    def kernel(self, codes: NDArray[np.int8]) -> gs.Variable:
+    def kernel(self, codes: Codes) -> gs.Variable:
         """A weight that is stored as (O, C, kh, kw), restored; its groups are those of (O, I)."""
         scale = self.scales.weight.numpy()
         if scale.ndim == 1:
@@ -119,10 +123,8 @@ class _Pairs(NamedTuple):
         shape = gs.Constant(f"{self.layer}/weight/shape", np.array(codes.shape, np.int64))
         return self.node("Reshape", "weight/kernel", [flat, shape])
 
-    def weight(
-        self, values: NDArray[np.int8], scale: NDArray[np.floating], axis: int
-    ) -> gs.Variable:
-        """DequantizeLinear of the layer's integer weight, per channel or in groups along an axis.
+    def weight(self, values: Codes, scale: NDArray[np.floating], axis: int) -> gs.Variable:
+        """DequantizeLinear of the layer's weight, per channel or in groups along an axis.
 
         4-bit codes of a layer with an integer input are cast to 8 bits first: ONNX Runtime then
         runs the kernel of 8-bit weights, and the file is half the size. A typed target has them
@@ -155,7 +157,7 @@ class _Pairs(NamedTuple):
         name: str,
         output: str,
         inputs: list[gs.Tensor],
-        dtype: type[np.generic] = np.float32,
+        dtype: DTypeLike = np.float32,
         **attributes: int,
     ) -> gs.Variable:
         """Append a node that is named after its operator; returns its output."""

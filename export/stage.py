@@ -18,7 +18,7 @@ from ditcast.cache.fitted import Fitted, missing, of_target
 from ditcast.cache.stepping import graphs
 from ditcast.calibrate.qparams import QParams, of_bundle
 from ditcast.calibrate.simulate import Simulation, quantized
-from ditcast.errors import BundleError, ConfigError
+from ditcast.errors import BundleError
 from ditcast.export import parity
 from ditcast.export.body import LoopSpec
 from ditcast.export.branching import branch
@@ -27,7 +27,7 @@ from ditcast.export.loop import sampler_graph
 from ditcast.export.probes import Probe, loop_probe, make_probes, short_steps
 from ditcast.export.quantize import insert_qdq
 from ditcast.export.store import WeightStore, check_disk
-from ditcast.export.targets import TARGETS, encodings
+from ditcast.export.targets import TARGETS, check_targets, encodings
 from ditcast.export.tensorrt import KEPT, lower
 from ditcast.export.trace import trace
 from ditcast.manifest import REFERENCE, WEIGHTS, Graph
@@ -35,6 +35,7 @@ from ditcast.models import Adapter, LoadedModel
 from ditcast.models.base import Layer, is_near
 from ditcast.progress import say
 from ditcast.recipe import FLOAT
+from ditcast.runtime.backends import GraphFile
 from ditcast.sampling import coefficients, needs_noise
 from ditcast.schedule import from_config
 
@@ -48,7 +49,7 @@ def to_onnx(bundle: Bundle, model: LoadedModel, targets: Sequence[str] = DEFAULT
     """Export the graphs of `targets` and of full precision; only what is missing or stale.
 
     Raises:
-        ConfigError: no such target.
+        ConfigError: no such target, or one that cannot run the recipe's scheme.
         BundleError: the bundle's recipe quantizes but it was not calibrated, or the disk is too
             small.
         ParityError: a graph does not compute what the model computes.
@@ -77,9 +78,7 @@ def to_onnx(bundle: Bundle, model: LoadedModel, targets: Sequence[str] = DEFAULT
 
 def _due(bundle: Bundle, targets: Sequence[str]) -> tuple[list[str], set[str]]:
     """The targets to export, and those that the bundle holds and keeps."""
-    for target in targets:
-        if target not in TARGETS:
-            raise ConfigError(f"target: unknown {target!r}; expected one of {', '.join(TARGETS)}")
+    check_targets(targets, bundle.manifest.recipe)
     graphs, made_from = bundle.manifest.graphs, bundle.graphs_made_from()
     held = {graph.target for graph in graphs}
     wanted = held | {REFERENCE, *targets}
@@ -261,8 +260,14 @@ def _compare(
             elif name == "sampler":  # of step graphs that have been compared by themselves
                 whole = functools.partial(_exactly, probe, simulation)
         path = short if name == "sampler" else folder / f"{name}.onnx"
+        e4m3 = any(simulation.layers[layer].e4m3 for layer in held[name])
         found[name], outputs = parity.measure(
-            path, probe.feeds, probe.run(), unquantized, whole, half=half and name != KEPT
+            GraphFile(path=path, e4m3=e4m3),
+            probe.feeds,
+            probe.run(),
+            unquantized,
+            whole,
+            half=half and name != KEPT,
         )
         if name == "full":
             golden = outputs["output"]

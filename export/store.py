@@ -20,6 +20,7 @@ from ditcast.manifest import WEIGHTS
 from ditcast.models import LoadedModel
 
 ALIGNMENT = 4096  # a page, so that a runtime can map the file
+E4M3: np.dtype[Any] = onnx.helper.tensor_dtype_to_np_dtype(onnx.TensorProto.FLOAT8E4M3FN)
 PACKED = "/int4"  # end of the name of a constant that is stored with 4 bits per value
 
 
@@ -49,11 +50,12 @@ class WeightStore:
     def add(self, name: str, array: NDArray[Any]) -> onnx.TensorProto:
         """Append a tensor, unless an equal one is there, and return the reference to it."""
         data = np.ascontiguousarray(array)
-        key = hashlib.sha256(data.data.cast("B")).digest()
+        raw = data.reshape(-1).view(np.uint8).data
+        key = hashlib.sha256(raw).digest()
         if key not in self._known:
             self._file.seek(-self._file.tell() % ALIGNMENT, 1)
             self._known[key] = (self._file.tell(), data.nbytes)
-            self._file.write(data.data.cast("B"))
+            self._file.write(raw)
         offset, length = self._known[key]
         kind = onnx.helper.np_dtype_to_tensor_dtype(data.dtype)
         return reference(name, kind, data.shape, offset, length)

@@ -8,10 +8,12 @@ from typing import NamedTuple
 import numpy as np
 
 from ditcast.calibrate.qparams import QParams
+from ditcast.errors import ConfigError
 from ditcast.export.tensorrt import weight_only
 from ditcast.manifest import REFERENCE
 from ditcast.models import Adapter
 from ditcast.progress import tell
+from ditcast.recipe import PRECISIONS, Recipe
 
 
 class Target(NamedTuple):
@@ -19,8 +21,12 @@ class Target(NamedTuple):
 
     A target without integers, `dtype` None, is in full precision. One that `unfolds` has integer
     convolutions as MatMuls over their windows. One that is `typed` takes its precision from the
+<<<<<<< HEAD
     graph: see `export.tensorrt`. One that `multiplies` has forecasts as products: see
     `export.forecast`; others fuse the sum that they are, and do not branch well.
+=======
+    graph, and multiplies 8-bit floats too: see `export.tensorrt`.
+>>>>>>> fp8
     """
 
     dtype: type[np.generic] | None
@@ -39,6 +45,25 @@ TARGETS: dict[str, Target] = {
     "openvino": Target(np.int8, 0, loop=False),
     "tensorrt": Target(np.int8, 0, loop=True, typed=True),
 }
+
+
+def check_targets(targets: Sequence[str], recipe: Recipe) -> None:
+    """Refuse targets that cannot run what the recipe asks for.
+
+    Raises:
+        ConfigError: an unknown one, or one without products of 8-bit floats.
+    """
+    for target in targets:
+        if target not in TARGETS:
+            raise ConfigError(f"target: unknown {target!r}; expected one of {', '.join(TARGETS)}")
+    floats = sorted(kind for kind in recipe.precisions() if PRECISIONS[kind].e4m3)
+    able = [name for name, target in TARGETS.items() if target.typed]
+    unable = [name for name in targets if name not in (REFERENCE, *able)]
+    if floats and unable:
+        raise ConfigError(
+            f"target: got {unable[0]} with {floats[0]}, whose products it cannot run; expected "
+            f"{' or '.join(able)}: give --target {able[0]}, or compile with --scheme w8a8"
+        )
 
 
 def encodings(

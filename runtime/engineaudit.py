@@ -25,7 +25,7 @@ INT4_BITS = 4
 
 
 class LayerKernel(NamedTuple):
-    """One quantized layer: what it became, and what that was to be (INT8 or INT4)."""
+    """One quantized layer: what it became, and what that was to be (INT8, INT4-weight or FP8)."""
 
     layer: str
     precision: str
@@ -49,7 +49,7 @@ class EngineAudit(NamedTuple):
 
     @property
     def lost(self) -> tuple[LayerKernel, ...]:
-        """Quantized layers that became float, or that are not there."""
+        """Quantized layers that became wider floats, or that are not there."""
         return tuple(layer for layer in self.layers if not layer.kept)
 
     def as_json(self) -> dict[str, Any]:
@@ -73,7 +73,7 @@ class EngineAudit(NamedTuple):
         kept = len(self.layers) - len(self.lost)
         lines.append(
             f"audit: {kept} of {len(self.layers)} quantized layers of {self.graph}.onnx kept their "
-            f"integers in {self.engine.backend} {self.engine.version} for {self.engine.device}"
+            f"precision in {self.engine.backend} {self.engine.version} for {self.engine.device}"
         )
         counted = {**self.products, **{f"{t} attention": n for t, n in self.attention.items()}}
         kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(counted.items()))
@@ -160,6 +160,7 @@ def _verdict(expected: Layer, became: list[tuple[str, EngineLayer]]) -> LayerKer
     bits = PRECISIONS[expected.precision]
     convolution = any(kind == "Conv" for kind, _ in became)
     wanted = "INT4-weight" if bits.weight <= INT4_BITS and not convolution else "INT8"
+    wanted = "FP8" if bits.e4m3 else wanted
     types = sorted({f"{_type(layer)} {_kind(layer)}" for _, layer in became})
     return LayerKernel(
         layer=expected.name,

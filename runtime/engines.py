@@ -20,6 +20,7 @@ from ditcast.sampling import needs_noise
 
 TARGET = "tensorrt"
 GRAPHS = ("temporal", "full", "reuse", "sampler")
+E4M3_SINCE = "8.9"  # the first compute capability that multiplies 8-bit floats
 FOLDER = "engines"
 SHOWN = 16  # digits of a key in the name of its plan
 
@@ -58,7 +59,8 @@ def build_engines(
     Raises:
         BundleError: the bundle has no graphs for TensorRT, or stale ones.
         ConfigError: no such graph.
-        UnsupportedError: TensorRT refuses one, or the bundle's policy has graphs of its own.
+        UnsupportedError: TensorRT refuses one, the bundle's policy has graphs of its own, or its
+            scheme is not for one of the builder's devices.
     """
     lacking = set(graphs_of(recipe_plan(bundle.manifest))) - {*GRAPHS}
     if lacking:
@@ -70,6 +72,7 @@ def build_engines(
     for name in graphs:
         if name not in GRAPHS:
             raise ConfigError(f"graph: unknown {name!r}; expected one of {', '.join(GRAPHS)}")
+    _check_devices(bundle, builder, graphs)
     found = []
     for name in graphs:
         file = graph_file(bundle, TARGET, name)
@@ -81,6 +84,22 @@ def build_engines(
         say(f"building {name}.onnx for {builder.device} with {builder.name} {builder.version}")
         found.append(_build(bundle, builder, wanted, file))
     return found
+
+
+def _check_devices(bundle: Bundle, builder: EngineBuilder, graphs: Sequence[str]) -> None:
+    """Refuse a device that does not multiply 8-bit floats, before the long work."""
+    old = [c for c in builder.capabilities if _number(c) < _number(E4M3_SINCE)]
+    for name in graphs if old else ():
+        if graph_file(bundle, TARGET, name).e4m3:
+            raise UnsupportedError(
+                f"backend {builder.name}: scheme fp8 is not for this device: compute capability "
+                f"{old[0]} multiplies no 8-bit floats, expected {E4M3_SINCE} or newer (RTX 40, L4, "
+                "H100 and later); build for such devices only, or compile with --scheme w8a8"
+            )
+
+
+def _number(capability: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in capability.split("."))
 
 
 def _made_from(file: GraphFile) -> str:

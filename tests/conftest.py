@@ -21,6 +21,7 @@ from ditcast.cli import main
 from ditcast.export import to_onnx
 from ditcast.models import LoadedModel, load
 from ditcast.models.base import describe
+from tests import unets
 
 CLASSES = 5
 TINY: dict[str, Any] = {
@@ -127,6 +128,21 @@ def blocks_bundle(tiny: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -
     """A W4A8 bundle, whose layers TensorRT has with float inputs; never write to it."""
     path = tmp_path_factory.mktemp("blocks") / "blocks.bundle"
     return make_bundle(tiny, path, ("tensorrt",), scheme="w4a8")
+
+
+@pytest.fixture(scope="session")
+def fp8_bundle(tiny: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """A bundle of 8-bit floats, which only TensorRT runs; never write to it."""
+    path = tmp_path_factory.mktemp("fp8") / "fp8.bundle"
+    return make_bundle(tiny, path, ("tensorrt",), scheme="fp8")
+
+
+@pytest.fixture(scope="session")
+def fp8_unet(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """The same of a class-conditional U-Net, whose layers are convolutions mostly."""
+    folder = tmp_path_factory.mktemp("fp8-unet")
+    model = unets.loaded(folder, unets.CLASSES, **unets.CONDITIONAL)
+    return make_bundle(model, folder / "b", ("tensorrt",), scheme="fp8")
 
 
 @pytest.fixture

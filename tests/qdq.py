@@ -139,11 +139,14 @@ def fp4() -> onnx.ModelProto:
     return weight_only(weight, rng.uniform(0.005, 0.02, (K // 16, N)), 0, 16)
 
 
-def fp8() -> onnx.ModelProto:
-    """A MatMul of two e4m3."""
-    found = linear(weight=packed(TensorProto.FLOAT8E4M3FN, CODES / 100))
-    (zero,) = (t for t in found.graph.initializer if t.name == "z")
-    zero.CopyFrom(helper.make_tensor("z", TensorProto.FLOAT8E4M3FN, [], [0.0]))
+def fp8(found: onnx.ModelProto | None = None) -> onnx.ModelProto:
+    """A MatMul, or all of a model, with e4m3 where int8 was."""
+    found = found or linear()
+    for held in found.graph.initializer:
+        if held.data_type == TensorProto.INT8:
+            codes = numpy_helper.to_array(held).astype(np.float32)
+            kind = TensorProto.FLOAT8E4M3FN
+            held.CopyFrom(helper.make_tensor(held.name, kind, codes.shape, codes.ravel().tolist()))
     return found
 
 

@@ -91,7 +91,7 @@ def test_rules_of_every_scheme(scheme: str, temporal: str) -> None:
         ),
         (
             {"group": 16},
-            "group: got 16 with w8a8, whose integer kernels take one .*; use group 0, or scheme w4",
+            "group: got 16 with w8a8, whose kernels take one .*; use group 0, or scheme w4",
         ),
         (
             {
@@ -104,6 +104,20 @@ def test_rules_of_every_scheme(scheme: str, temporal: str) -> None:
             },
             "group: got 16 with w4a8",
         ),
+        *(
+            (
+                {"scheme": "fp8", "method": method},
+                f"method: got {method} with fp8, but it searches among evenly spaced codes, which "
+                "8-bit floats are not; expected absmax, minmax or percentile",
+            )
+            for method in ("mse", "tfmq", "brecq")
+        ),
+        (
+            {"method": "mse", "rules": [{"pattern": "*", "precision": "fp8"}]},
+            "method: got mse with fp8",
+        ),
+        ({"scheme": "fp8", "group": 16}, "group: got 16 with fp8, whose kernels take one weight"),
+        ({"scheme": "nvfp4"}, "scheme: got 'nvfp4'; input should be 'w8a8', .*'fp8' or 'none'"),
         ({"group": -1}, "group: got -1; input should be greater than or equal to 0"),
         ({"scheme": "w5a5"}, "scheme: got 'w5a5'; input should be 'w8a8'"),
         ({"iterations": -1}, "iterations: got -1"),

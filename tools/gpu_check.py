@@ -3,7 +3,7 @@
 python tools/gpu_check.py BUNDLE... [--backend tensorrt] [--runs 30] [--images 4] [--json FILE]
 
 Each bundle was exported with `--target tensorrt`; compile one with `--scheme none` for the row in
-half precision. Missing engines are built first.
+half precision, one with `--scheme fp8` for 8-bit floats. Missing engines are built first.
 """
 
 from __future__ import annotations

@@ -25,7 +25,8 @@ class GraphFile:
     """A graph on disk, and what a backend has to know before it loads it.
 
     `identity` names the bytes of the graph and its weights; without one, nothing that is
-    compiled from it is kept. `weight_bits` is the widest integer weight, 0 for a float graph.
+    compiled from it is kept. `weight_bits` is the widest integer weight, 0 for a float graph;
+    with `e4m3` there are products of 8-bit floats inside.
     `size` is that of graph and weights in bytes. The weights of a float graph that runs `once`
     per request are better read in place than packed. `bundle` is where its engines are.
     """
@@ -33,6 +34,7 @@ class GraphFile:
     path: Path
     identity: str = ""
     weight_bits: int = 0
+    e4m3: bool = False
     size: int = 0
     once: bool = False
     bundle: Bundle | None = None
@@ -53,6 +55,7 @@ def graph_file(bundle: Bundle, target: str, name: str) -> GraphFile:
         path=path,
         identity=" ".join(entry.sha256 for entry in entries),
         weight_bits=bits,
+        e4m3=any(PRECISIONS[layer.precision].e4m3 for layer in inside),
         size=sum(entry.size for entry in entries),
         once=name == "temporal" and not bits,
         bundle=bundle,
@@ -69,9 +72,9 @@ def layers_of(bundle: Bundle, target: str, name: str) -> list[Layer]:
 
 
 def _integer_bits(precision: str) -> int:
-    """Bits of a weight that is multiplied as an integer; 0 where the input stays in float."""
+    """Bits of a weight that is multiplied as an integer; 0 where the product is one of floats."""
     bits = PRECISIONS[precision]
-    return bits.weight if bits.activation < 16 else 0
+    return bits.weight if bits.activation < 16 and not bits.e4m3 else 0
 
 
 class NodeTime(NamedTuple):

@@ -27,6 +27,9 @@ IN_PLACE_BYTES = 1 << 29
 # Computes u8 x s8 through u8 x u8 kernels, which do not saturate on CPUs without VNNI. Weights
 # of 7 bits cannot saturate, and ONNX Runtime leaves them to the faster kernels.
 PRECISE = ("session.x64quantprecision", "1")
+# ONNX Runtime has no products of 8-bit floats, but joins their Q/DQ nodes as if they were integers,
+# into a graph that does not load. Left apart they are exact, and run in float.
+APART = ("session.disable_quant_qdq", "1")
 OPTIMIZED = "graph.onnx"
 INLINE_BYTES = "1024"  # as in the graphs that export writes
 
@@ -128,10 +131,12 @@ class OnnxRuntimeBackend:
         facts = machine_facts(onnxruntime=onnxruntime.__version__, precise=str(self.precise))
         self._cache = LoadCache(self.name, facts)
 
-    def _options(self) -> onnxruntime.SessionOptions:
+    def _options(self, graph: GraphFile | None = None) -> onnxruntime.SessionOptions:
         options = session_options(self.threads, self.spin)
         if self.precise:
             options.add_session_config_entry(*PRECISE)
+        if graph is not None and graph.e4m3:
+            options.add_session_config_entry(*APART)
         return options
 
     def _multiplies_exactly(self) -> bool:
@@ -149,11 +154,11 @@ class OnnxRuntimeBackend:
         if graph.once and graph.size > IN_PLACE_BYTES:
             return in_place(graph, self.threads)
         if not graph.identity or not graph.weight_bits:
-            return OnnxRuntimeSession(graph, graph.path, self._options())
+            return OnnxRuntimeSession(graph, graph.path, self._options(graph))
         label = f"backend onnxruntime: {graph.path.name}"
         kept = self._cache.find(graph.identity, label)
         if kept is not None:
-            options = self._options()
+            options = self._options(graph)
             off = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL  # all of it is in the file
             options.graph_optimization_level = off
             try:
@@ -163,7 +168,7 @@ class OnnxRuntimeBackend:
         found: list[Session] = []
 
         def write(folder: Path) -> None:
-            options = self._options()
+            options = self._options(graph)
             options.optimized_model_filepath = str(folder / OPTIMIZED)
             key = "session.optimized_model_external_initializers"
             options.add_session_config_entry(f"{key}_file_name", "weights.data")
@@ -171,12 +176,12 @@ class OnnxRuntimeBackend:
             found.append(OnnxRuntimeSession(graph, graph.path, options))
 
         self._cache.store(graph.identity, label, write)
-        return found[0] if found else OnnxRuntimeSession(graph, graph.path, self._options())
+        return found[0] if found else OnnxRuntimeSession(graph, graph.path, self._options(graph))
 
     def profile(self, graph: GraphFile, feeds: Arrays, runs: int) -> list[NodeTime]:
         """Median times per executed node; a node of a `Loop` runs many times in one run."""
         with tempfile.TemporaryDirectory() as folder:
-            options = self._options()
+            options = self._options(graph)
             options.enable_profiling = True
             options.profile_file_prefix = str(Path(folder) / "profile")
             session = OnnxRuntimeSession(graph, graph.path, options)

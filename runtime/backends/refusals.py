@@ -43,8 +43,8 @@ REASONS = (
     (
         r"HW-specific datatypes: (?P<what>\w+)",
         "{what} is a type that this device does not multiply",
-        "fp8 needs compute capability 8.9 or newer, fp4 needs 12.0: build for one of these, or "
-        "compile with --scheme w8a8",
+        "int4 needs compute capability 8.0 or newer, fp8 needs 8.9, fp4 needs 12.0: build for one "
+        "of these, or compile with --scheme w8a8",
     ),
     (
         r"Failed to import initializer: (?P<what>\S+)\s*$",

@@ -29,6 +29,7 @@ from ditcast.runtime.backends.refusals import WRONG_BLOCKS, explain, refused
 Range = tuple[int, int, int]  # min, opt and max of a dimension
 Profile = Mapping[str, Mapping[int, Range]]  # of every dynamic axis of every input
 FLAGS = ("strongly-typed", "no-tf32")
+NO_FLOAT32 = "7.5"  # TensorRT for RTX has no such products there, and every bundle has some
 SAY_EVERY_S = 10.0
 NO_RANDOM_ADDRESSES = 0x0040000  # of personality(2)
 
@@ -99,12 +100,13 @@ class EngineBuilder:
     def _check_capabilities(self) -> None:
         members = self._module.ComputeCapability.__members__
         known = [f"{m[2:-1]}.{m[-1]}" for m in members if m.startswith("SM")]
+        known.remove(NO_FLOAT32)
         for i, capability in enumerate(self.capabilities):
             if capability not in known:
                 raise ConfigError(
                     f"compute-capability: got {capability}, expected one or more of "
-                    f"{', '.join(known)}; TensorRT for RTX builds for no other GPU, use --backend "
-                    "tensorrt on that machine"
+                    f"{', '.join(known)}; TensorRT for RTX builds these graphs for no other GPU, "
+                    "use --backend tensorrt on that machine"
                 )
             if capability in self.capabilities[:i]:
                 raise ConfigError(f"compute-capability: got {capability} twice, expected it once")

@@ -79,16 +79,21 @@ def compile_command(
 ) -> None:
     """All of it: calibrate, export, audit, bench. Resumes where an earlier run stopped."""
     from ditcast.commands.cost import Cost
-    from ditcast.runtime.choice import check_backend
+    from ditcast.runtime.choice import check_backend, targets_of
+    from ditcast.runtime.engines import TARGET
 
     check_backend(backend, settings)  # what is wrong should be said before the long work
-    bundle, loaded = _start(model, output, recipe_file, flags, strict)
+    wanted = targets or targets_of(backend)
+    bundle, loaded = _start(model, output, recipe_file, flags, strict, targets=wanted)
     check_backend(backend, settings, bundle.manifest.recipe.cache)
     cost = Cost(bundle)
     _calibrate(bundle, loaded)
     cost.stage("calibrate")
-    _export(bundle, loaded, targets, backend)
+    _export(bundle, loaded, wanted)
     cost.stage("export")
+    if TARGET in wanted and not {*wanted} & {*targets_of(backend)}:  # engines are yet to be built
+        click.echo(f"{output}: exported; next: ditcast build {output} --backend tensorrt")
+        return
     del loaded  # a large model and its graphs do not fit in memory together
     passed = _audit(bundle, backend, settings, "host").passed
     _bench(
@@ -137,7 +142,9 @@ def export(bundle: Path, targets: tuple[str, ...]) -> None:
             f"export: {source} has changed since {bundle} was calibrated; "
             "compile a new bundle with another -o"
         )
-    _export(opened, loaded, targets, "onnxruntime")
+    from ditcast.export.stage import DEFAULT_TARGETS
+
+    _export(opened, loaded, targets or DEFAULT_TARGETS)
     click.echo(f"{bundle}: exported; next: ditcast bench {bundle}")
 
 
@@ -199,9 +206,15 @@ for command in COMMANDS:
 
 
 def _start(
-    model: str, output: Path, recipe_file: Path | None, flags: dict[str, Any], strict: bool
+    model: str,
+    output: Path,
+    recipe_file: Path | None,
+    flags: dict[str, Any],
+    strict: bool,
+    *,
+    targets: tuple[str, ...] = (),
 ) -> tuple[Bundle, LoadedModel]:
-    """The recipe, the model, and the bundle to be filled."""
+    """The recipe, the model, and the bundle to be filled; these targets have to run it."""
     given = {key: value for key, value in flags.items() if value is not None}
     names = given.pop("labels", None)
     recipe = load_recipe(recipe_file, given)
@@ -210,8 +223,10 @@ def _start(
         labels = tuple(parse_labels(names, loaded.classes))
         recipe = load_recipe(recipe_file, given | {"labels": labels})
     from ditcast.calibrate.stage import check
+    from ditcast.export.targets import check_targets
     from ditcast.models.base import describe
 
+    check_targets(targets, recipe)
     check(loaded, recipe)
     manifest = describe(loaded, recipe)
     warn_of_idle_cache(recipe.cache, recipe_plan(manifest), strict)
@@ -224,11 +239,10 @@ def _calibrate(bundle: Bundle, loaded: LoadedModel) -> None:
     calibrate(bundle, loaded)
 
 
-def _export(bundle: Bundle, loaded: LoadedModel, targets: tuple[str, ...], backend: str) -> None:
+def _export(bundle: Bundle, loaded: LoadedModel, targets: tuple[str, ...]) -> None:
     from ditcast.export import to_onnx
-    from ditcast.runtime.choice import targets_of
 
-    to_onnx(bundle, loaded, targets or targets_of(backend))
+    to_onnx(bundle, loaded, targets)
 
 
 def _audit(

@@ -11,18 +11,22 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from ditcast.errors import ConfigError
 
 Method = Literal["absmax", "minmax", "percentile", "mse", "tfmq", "brecq"]
-Scheme = Literal["w8a8", "w7a8", "w6a6", "w4a8", "w4a16", "none"]
+Scheme = Literal["w8a8", "w7a8", "w6a6", "w4a8", "w4a16", "fp8", "none"]
 Cache = Literal[
     "none", "fora", "taylor", "rfe", "rcs", "relational", "learned", "first-block", "stack"
 ]
-Precision = Literal["w8a8", "w7a8", "w6a6", "w4a8", "w4a16", "float"]
+Precision = Literal["w8a8", "w7a8", "w6a6", "w4a8", "w4a16", "fp8", "float"]
 
 
 class Bits(NamedTuple):
-    """Bits of a layer's weight and of its input; 16 is an input that stays in float."""
+    """Bits of a layer's weight and of its input; 16 is an input that stays in float.
+
+    Both are codes of signed integers, or with `e4m3` floats of 8 bits.
+    """
 
     weight: int
     activation: int
+    e4m3: bool = False
 
 
 FLOAT: Literal["float"] = "float"
@@ -35,10 +39,12 @@ PRECISIONS: dict[str, Bits] = {
     "w6a6": Bits(6, 6),
     "w4a8": Bits(4, 8),
     "w4a16": Bits(4, 16),
+    "fp8": Bits(8, 8, e4m3=True),
     FLOAT: Bits(0, 16),
 }
 DYNAMIC = ("rcs", "relational", "first-block", "stack")  # caches that decide on the way
 COMPARING = ("rfe", "rcs", "relational", "stack")  # caches that compare inputs across steps
+RANGES = ("absmax", "minmax", "percentile")  # methods that find ranges, and search nothing
 MODULES = ("naive", "tib", "select")  # ways to keep the temporal features that run the TIB
 
 
@@ -210,14 +216,30 @@ class Recipe(BaseModel):
     @model_validator(mode="after")
     def _groups_fit(self) -> Recipe:
         """No integer kernel takes several scales per output channel."""
-        kinds = {rule.precision for rule in self.layer_rules()} - {FLOAT}
+        kinds = self.precisions() - {FLOAT}
         whole = sorted(kind for kind in kinds if PRECISIONS[kind].activation < 16)
         if self.group and whole:
             raise ValueError(
-                f"group: got {self.group} with {whole[0]}, whose integer kernels take one weight "
+                f"group: got {self.group} with {whole[0]}, whose kernels take one weight "
                 "scale per output channel in every target; use group 0, or scheme w4a16"
             )
         return self
+
+    @model_validator(mode="after")
+    def _floats_fit(self) -> Recipe:
+        """Searches and reconstruction go over evenly spaced codes."""
+        kinds = sorted(kind for kind in self.precisions() if PRECISIONS[kind].e4m3)
+        if kinds and self.method not in RANGES:
+            raise ValueError(
+                f"method: got {self.method} with {kinds[0]}, but it searches among evenly spaced "
+                f"codes, which 8-bit floats are not; expected {', '.join(RANGES[:-1])} or "
+                f"{RANGES[-1]}"
+            )
+        return self
+
+    def precisions(self) -> set[str]:
+        """All that the rules which apply give to a layer."""
+        return {rule.precision for rule in self.layer_rules()}
 
     def layer_rules(self) -> tuple[Rule, ...]:
         """The rules that apply: the recipe's own, else those of its scheme.

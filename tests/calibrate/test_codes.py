@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ditcast.calibrate.codes import (
+    E4M3_TOP,
     WEIGHT_POWER,
     affine,
+    e4m3_scale,
     fake_quantize,
     feature_codes,
     grouped,
     levels,
+    to_e4m3,
     weight_codes,
     weight_limits,
     weight_scale,
@@ -157,6 +162,49 @@ def test_gradients_pass_rounding_and_end_at_clipping() -> None:
     assert x.grad.tolist() == [1, 1, 0, 0]
     assert scale.grad is not None
     assert float(scale.grad) == pytest.approx((1 - 0.3 / 0.25) + 0 + 7 - 8)
+
+
+def e4m3_numbers() -> NDArray[np.float64]:
+    """All numbers of float8 e4m3 that are not negative, ascending, by their definition.
+
+    4 bits of exponent with bias 7, 3 of mantissa, no infinity; all bits set is NaN.
+    """
+    exponent, mantissa = (np.arange(127) >> 3).astype(float), np.arange(127) & 7
+    normal = 2.0 ** (exponent - 7) * (1 + mantissa / 8)
+    return np.where(exponent == 0, 2.0**-6 * mantissa / 8, normal)
+
+
+@given(
+    values=st.lists(st.floats(-600, 600, width=32) | st.floats(-0.125, 0.125, width=32), min_size=1)
+)
+def test_e4m3_is_the_nearest_number(values: list[float]) -> None:
+    """Of all of them, by brute force: the nearest, of two the one with an even mantissa."""
+    numbers = e4m3_numbers()
+    assert numbers[-1] == E4M3_TOP
+    x = np.array(values, np.float32)
+    distance = np.abs(np.abs(x.astype(np.float64))[:, None] - numbers)
+    tied = distance == distance.min(axis=1, keepdims=True)
+    even = np.arange(127) % 2 == 0
+    chosen = np.argmax(tied * (1 + even), axis=1)
+    wanted = np.copysign(numbers[chosen], x)
+    np.testing.assert_array_equal(to_e4m3(torch.from_numpy(x)).numpy(), wanted)
+
+
+def test_e4m3_saturates_and_keeps_nan() -> None:
+    """As QuantizeLinear does, where a cast of torch's gives NaN from 465 on."""
+    far = torch.tensor([448.0, 464.1, 1e30, -1e30, float("inf"), float("nan")])
+    assert to_e4m3(far)[:5].tolist() == [448, 448, 448, -448, 448]
+    assert to_e4m3(far)[5].isnan()
+
+
+def test_e4m3_weights_take_their_largest_magnitude() -> None:
+    """Per output channel, whatever the shape; a row of zeros stays zeros."""
+    weight = torch.stack([normal(3, 2, 2), torch.zeros(3, 2, 2)])
+    scale = e4m3_scale(weight)
+    torch.testing.assert_close(scale[0] * 448, weight[0].abs().max())
+    codes = to_e4m3(weight.reshape(2, -1) / scale[:, None])
+    assert codes[0].abs().max() == 448
+    assert (codes[1] == 0).all()
 
 
 @given(

@@ -87,6 +87,26 @@ def test_a_convolution(geometry: dict[str, Any]) -> None:
     assert (found - layer(x)).abs().max() > 1e-3  # and not like the layer itself
 
 
+@pytest.mark.parametrize("stepwise", [False, True])
+def test_8_bit_floats(stepwise: bool) -> None:
+    """By hand: 330 and 17 lose what lies behind the third bit after the first, 4000 is clipped.
+
+    With a scale per step the input is divided by it before, and the product multiplied after.
+    """
+    bits, scale = Bits(8, 8, e4m3=True), torch.tensor(0.25)
+    layer = linear([[3.3, -0.02]], [1.0])
+    rows = (lambda: (scale.expand(1), None)) if stepwise else None
+    held = LayerScales(
+        bits=bits, weight=torch.tensor([0.01]), activation=scale[None] if stepwise else scale
+    )
+    found = QuantizedLayer(layer, held, rows)(torch.tensor([[17 * 0.25, 1000.0]]))
+    torch.testing.assert_close(found, torch.tensor([[16 * 0.25 * 3.2 - 448 * 0.25 * 0.02 + 1]]))
+    simulated = QuantizedLayer(layer, held, rows)
+    simulated.exact = True
+    exact = simulated(torch.tensor([[17 * 0.25, 1000.0]]))
+    torch.testing.assert_close(exact, torch.tensor([[17 * 0.25 * 3.2 - 20 + 1]]))
+
+
 def test_other_padding_is_refused() -> None:
     """Reflected borders are no argument of the functional convolution."""
     layer = nn.Conv2d(1, 1, 3, padding=1, padding_mode="reflect")

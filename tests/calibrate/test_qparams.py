@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from ditcast import tensors
 from ditcast.calibrate.codes import weight_limits
 from ditcast.calibrate.qparams import (
     LayerScales,
@@ -89,6 +90,18 @@ def test_nothing_survives_the_disk_too(tmp_path: Path) -> None:
     save(QParams(), tmp_path / "file")
     assert flat(load(tmp_path / "file")) == flat(QParams())
     assert not load(tmp_path / "file")
+
+
+def test_8_bit_floats_survive_the_disk(tmp_path: Path) -> None:
+    """And a file of before there were any holds integers."""
+    bits, path = Bits(8, 8, e4m3=True), tmp_path / "file"
+    layer = LayerScales(bits=bits, weight=torch.ones(2), activation=torch.tensor(0.5))
+    save(QParams(layers={"layer": layer}), path)
+    assert flat(load(path).layers["layer"]) == flat(layer)
+    arrays, _ = tensors.load(path)
+    arrays["layers|layer|bits"] = arrays["layers|layer|bits"][:2]
+    tensors.save(arrays, path)
+    assert load(path).layers["layer"].bits == Bits(8, 8)
 
 
 @given(

@@ -23,6 +23,7 @@ from ditcast.errors import BundleError, ConfigError, UnsupportedError
 from ditcast.models import LoadedModel
 from ditcast.models.base import describe
 from ditcast.models.dit import DiTAdapter
+from ditcast.recipe import Bits
 from ditcast.schedule import from_config
 from tests.conftest import RECIPE, TINY
 
@@ -101,7 +102,7 @@ def test_absmax_scales_are_those_of_the_trajectories(
         torch.testing.assert_close(held.weight, largest / 127)
         assert held.codes is None
         assert held.zero_point is None
-        assert held.bits == (8, 8)
+        assert held.bits == Bits(8, 8)
     assert (found.balance, found.outputs, found.stored) == ({}, None, None)
 
 
@@ -129,6 +130,44 @@ def test_the_same_recipe_gives_the_same_bytes(
     other = start(tiny, tmp_path / "other", seed=1)
     calibrate(other, tiny)
     assert scales(other) != scales(shared_bundle)
+
+
+def test_8_bit_floats_have_the_same_ranges(
+    tiny: LoadedModel, shared_bundle: Bundle, tmp_path: Path
+) -> None:
+    """One calibration: what is 127 of int8 is 448 of e4m3; the same bytes for the same recipe."""
+    whole = qparams.of_bundle(shared_bundle)
+    pair = [start(tiny, tmp_path / name, scheme="fp8") for name in ("one", "two")]
+    for bundle in pair:
+        calibrate(bundle, tiny)
+    assert scales(pair[0]) == scales(pair[1])
+    assert pair[0].manifest.quantization is not None
+    assert {layer.precision for layer in pair[0].manifest.quantization.layers} == {"fp8"}
+    found = qparams.of_bundle(pair[0])
+    assert found.layers.keys() == whole.layers.keys()
+    for name, layer in found.layers.items():
+        other = whole.layers[name]
+        assert layer.bits == Bits(8, 8, e4m3=True)
+        assert layer.activation is not None
+        assert other.activation is not None
+        torch.testing.assert_close(layer.weight * 448, other.weight * 127)
+        torch.testing.assert_close(layer.activation * 448, other.activation * 127)
+        codes = layer.weight_codes(tiny.adapter.layers()[name].weight.data)
+        assert torch.equal(codes.abs().amax(dim=1), torch.full((len(codes),), 448.0))
+        assert torch.equal(codes.to(torch.float8_e4m3fn).float(), codes)
+
+
+def test_8_bit_floats_in_the_tib_are_refused(tiny: LoadedModel) -> None:
+    """Its ranges have zero points; rules that leave it integers are fine."""
+    with pytest.raises(
+        ConfigError,
+        match=r"rules: got fp8 for layer temporal\..*, whose input ranges are not symmetric, .*; "
+        r"use --temporal fp, or rules with precision w8a8 for temporal\.\*",
+    ):
+        stage.check(tiny, recipes.make(RECIPE | {"scheme": "fp8", "temporal": "tib"}))
+    rules = [("temporal.*", "w8a8"), ("blocks.*", "fp8"), ("final.*", "float")]
+    keys = {"rules": [{"pattern": p, "precision": kind} for p, kind in rules]}
+    stage.check(tiny, recipes.make(RECIPE | {"scheme": "fp8", "temporal": "tib"} | keys))
 
 
 @pytest.mark.parametrize("method", [m for m in METHODS if not METHODS[m].reconstruct])

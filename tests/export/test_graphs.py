@@ -214,7 +214,7 @@ def test_quantized_layers(shared_bundle: Bundle, tiny: LoadedModel, name: str) -
         codes = held[weight.input[0]]
         assert codes.dtype == np.int8
         wanted = weight_codes(parameter, scales[layer].weight, 8)
-        assert scales[layer].bits == (8, 8)
+        assert scales[layer].bits == Bits(8, 8)
         np.testing.assert_array_equal(codes.T, wanted)
         np.testing.assert_array_equal(held[weight.input[1]], scales[layer].weight)
         bias = [held[i] for i in nodes[f"{at}/Add"].input if i in held]

@@ -30,7 +30,7 @@ from ditcast.export.loop import sampler_graph
 from ditcast.models import LoadedModel
 from ditcast.models.base import describe
 from ditcast.runtime import Pipeline
-from ditcast.runtime.backends import graph_file, make_backend
+from ditcast.runtime.backends import GraphFile, graph_file, make_backend
 from tests.conftest import RECIPE, make_bundle
 
 Usage = namedtuple("Usage", ["total", "used", "free"])
@@ -278,7 +278,7 @@ def test_scheme_none_exports_float_graphs(tiny: LoadedModel, tmp_path: Path) -> 
 
 
 @pytest.fixture
-def identity(tmp_path: Path) -> Path:
+def identity(tmp_path: Path) -> GraphFile:
     """A graph that gives back its input."""
     value = [helper.make_tensor_value_info(n, TensorProto.FLOAT, ["N"]) for n in ("x", "y")]
     graph = helper.make_graph(
@@ -286,13 +286,13 @@ def identity(tmp_path: Path) -> Path:
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
     onnx.save(model, tmp_path / "identity.onnx")
-    return tmp_path / "identity.onnx"
+    return GraphFile(path=tmp_path / "identity.onnx")
 
 
 @pytest.mark.parametrize("quantized", [False, True])
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf"), 1.5])
 def test_parity_fails_on_wrong_and_on_missing_numbers(
-    identity: Path, quantized: bool, wrong: float
+    identity: GraphFile, quantized: bool, wrong: float
 ) -> None:
     """NaN compares as neither more nor less, and must not pass for that."""
     expected, far = torch.tensor([0.0, 0.5, 1.0]), torch.tensor([0.1, 0.6, 1.1])
@@ -318,11 +318,13 @@ def test_parity_fails_on_a_nan_in_any_output(tmp_path: Path) -> None:
     feed = torch.tensor([-1.0, 1.0])
     with pytest.raises(ParityError, match="got nan, expected at most 0.0001 of the range"):
         parity.measure(
-            tmp_path / "two.onnx", {"x": feed}, {"right": feed, "wrong": torch.tensor([0.0, 0.0])}
+            GraphFile(path=tmp_path / "two.onnx"),
+            {"x": feed},
+            {"right": feed, "wrong": torch.tensor([0.0, 0.0])},
         )
 
 
-def test_parity_is_relative_to_the_range(identity: Path) -> None:
+def test_parity_is_relative_to_the_range(identity: GraphFile) -> None:
     """An error of 0.001 in a range of 100: 1e-5 and, root mean square of 4 values, 106 dB."""
     x = torch.tensor([0.0, 50.0, 75.0, 100.0])
     y = torch.tensor([0.0, 50.001, 75.0, 100.0])
@@ -333,7 +335,7 @@ def test_parity_is_relative_to_the_range(identity: Path) -> None:
 
 
 def test_a_quantized_graph_is_closer_to_its_simulation_than_to_the_float_model(
-    identity: Path,
+    identity: GraphFile,
 ) -> None:
     """Forgotten Q/DQ nodes or other scales are as far off as quantization itself: refused."""
     simulated = torch.tensor([0.0, 0.5, 1.0])
@@ -362,7 +364,7 @@ def test_a_quantized_last_layer_is_quantized_in_reuse_steps_too(
     assert np.array_equal(samples, pipeline.sample([0, 3], seed=3, loop="graph"))
 
 
-def test_behind_many_layers_drift_may_be_as_large_as_quantization(identity: Path) -> None:
+def test_behind_many_layers_drift_may_be_as_large_as_quantization(identity: GraphFile) -> None:
     """Under 40 dB the float model is asked: two independent roundings are no further apart."""
     simulated, drift = torch.tensor([0.0, 0.5, 1.0]), torch.tensor([3e-2, -3e-2, 3e-2])
     feeds, expected = {"x": simulated + drift}, {"y": simulated}

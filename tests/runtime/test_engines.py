@@ -101,6 +101,53 @@ def test_4_bit_weights(blocks_bundle: Bundle, tmp_path: Path, rtx: EngineBuilder
     assert "FLOAT blocks.0.mlp.fc1: half gemm (wanted INT4-weight)" in loop.lines()
 
 
+@pytest.mark.parametrize("capability", ["8.9", "12.0"])
+def test_8_bit_floats(fp8_bundle: Bundle, tmp_path: Path, capability: str) -> None:
+    """All layers, in the step graph and inside the loop."""
+    builder = EngineBuilder(RTX, (capability,))
+    bundle = build(fp8_bundle, tmp_path / "b", builder, "full", "sampler")
+    for loop in ("host", "graph"):
+        (found,) = audit_engines(bundle, RTX, loop)
+        assert found.lost == ()
+        assert [(x.precision, x.kernel) for x in found.layers] == [("fp8", "FP8 gemm")] * 8
+        assert found.attention == {"half": 2}
+        assert "8 of 8 quantized layers" in found.lines()[0]
+        assert {row[2] for row in found.rows()} == {"FP8"}
+
+
+def test_convolutions_of_8_bit_floats(fp8_unet: Bundle, tmp_path: Path) -> None:
+    """All of a U-Net's, in one plan for two generations."""
+    builder = EngineBuilder(RTX, ("8.9", "12.0"))
+    bundle = build(fp8_unet, tmp_path / "b", builder, "full", "sampler")
+    for loop in ("host", "graph"):
+        (found,) = audit_engines(bundle, RTX, loop)
+        assert found.lost == ()
+        kinds = [layer.kernel for layer in found.layers]
+        assert set(kinds) == {"FP8 convolution", "FP8 gemm"}
+        assert kinds.count("FP8 convolution") > 5
+
+
+@pytest.mark.parametrize("capabilities", [("8.6",), ("8.9", "8.0")])
+def test_8_bit_floats_are_not_for_older_devices(
+    fp8_bundle: Bundle,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capabilities: tuple[str, ...],
+) -> None:
+    """Said before anything is built; graphs without such layers are for all of them."""
+    builder = EngineBuilder(RTX, capabilities)
+    with monkeypatch.context() as patch:
+        patch.setattr(EngineBuilder, "build", lambda *_: pytest.fail("built"))
+        match = (
+            "^backend tensorrt-rtx: scheme fp8 is not for this device: compute capability "
+            f"{capabilities[-1]} multiplies no 8-bit floats, expected 8.9 or newer .*; build for "
+            "such devices only, or compile with --scheme w8a8$"
+        )
+        with pytest.raises(UnsupportedError, match=match):
+            build(fp8_bundle, tmp_path / "b", builder)
+    assert build(fp8_bundle, tmp_path / "reuse", builder, "reuse").manifest.engines
+
+
 @pytest.fixture
 def built(typed_bundle: Bundle, tmp_path: Path, rtx: EngineBuilder) -> Bundle:
     """A bundle with the engine of its smallest graph."""
@@ -197,7 +244,7 @@ def test_the_command_line(cli: Cli, typed_bundle: Bundle, tmp_path: Path) -> Non
     assert engine["device"] == "sm89+sm120"
     done = cli("audit", path, "--backend", RTX, "--json", tmp_path / "audit.json")
     assert done.code == 0, done.err
-    assert "8 of 8 quantized layers of full.onnx kept their integers" in done.out
+    assert "8 of 8 quantized layers of full.onnx kept their precision" in done.out
     assert json.loads((tmp_path / "audit.json").read_text())[0]["passed"]
     assert "tensorrt-rtx/full (sm89+sm120)" in cli("inspect", path).out
     done = cli("audit", path, "--backend", RTX, "--loop", "graph")

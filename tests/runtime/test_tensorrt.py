@@ -59,6 +59,7 @@ def built(model: onnx.ModelProto, folder: Path, precision: str, *capabilities: s
     return audit_layers("one", SECTION, [expected], layers)
 
 
+DEVICES = {"fp8": ("8.9", "12.0")}
 BLOCKS = np.random.default_rng(1).uniform(0.005, 0.02, (4, qdq.N))
 KEPT: dict[str, tuple[Callable[[], onnx.ModelProto], str, str]] = {
     "int8": (qdq.linear, "w8a8", "INT8 gemm"),
@@ -68,13 +69,15 @@ KEPT: dict[str, tuple[Callable[[], onnx.ModelProto], str, str]] = {
         "w4a16",
         "INT4-weight gemm",
     ),
+    "fp8": (qdq.fp8, "fp8", "FP8 gemm"),
+    "fp8 convolution": (lambda: qdq.fp8(qdq.convolution()), "fp8", "FP8 convolution"),
 }
 
 
 @pytest.mark.parametrize("name", KEPT)
 def test_what_is_kept(tmp_path: Path, name: str) -> None:
     make, precision, kernel = KEPT[name]
-    found = built(make(), tmp_path, precision)
+    found = built(make(), tmp_path, precision, *DEVICES.get(precision, ()))
     assert found.lost == ()
     assert found.products == {kernel: 1}
 
@@ -138,6 +141,17 @@ LOST: dict[str, tuple[Callable[[], onnx.ModelProto], str]] = {
         "w4a16",
     ),
     "heads cut out of one product": (lambda: joint(apart=False), "w8a8"),
+    "fp8 with weight scales along the inputs": (
+        lambda: qdq.fp8(qdq.linear(weight_scale=np.tile(qdq.SCALES, 2), axis=0)),
+        "fp8",
+    ),
+    "fp8 with an activation scale per channel": (
+        lambda: qdq.fp8(qdq.linear(scale=np.tile(qdq.SCALES, 2), scale_axis=1)),
+        "fp8",
+    ),
+    "heads cut out of one product of fp8": (lambda: qdq.fp8(joint(apart=False)), "fp8"),
+    "int8 where fp8 is wanted": (qdq.linear, "fp8"),
+    "fp8 where int8 is wanted": (qdq.fp8, "w8a8"),
 }
 
 
@@ -151,10 +165,14 @@ def test_what_is_lost_in_silence(tmp_path: Path, name: str) -> None:
     assert not found.as_json()["passed"]
 
 
-def test_heads_cut_out_of_several_products_are_kept(tmp_path: Path) -> None:
-    found = built(joint(apart=True), tmp_path, "w8a8")
+@pytest.mark.parametrize(("precision", "kind"), [("w8a8", "INT8"), ("fp8", "FP8")])
+def test_heads_cut_out_of_several_products_are_kept(
+    tmp_path: Path, precision: str, kind: str
+) -> None:
+    model = joint(apart=True)
+    found = built(qdq.fp8(model) if precision == "fp8" else model, tmp_path, precision)
     assert found.lost == ()
-    assert found.products == {"INT8 gemm": 1}  # joined again
+    assert found.products == {f"{kind} gemm": 1}  # joined again
     assert found.attention == {"half": 1}
 
 
@@ -242,19 +260,21 @@ def test_what_is_refused(tmp_path: Path, name: str) -> None:
     assert "\n" not in str(e.value)
 
 
-def test_fp8_is_a_product_of_its_own(tmp_path: Path) -> None:
-    assert built(qdq.fp8(), tmp_path, "w8a8", "8.9").products == {"FP8 gemm": 1}
-
-
 @pytest.mark.parametrize(
     ("make", "capability", "kind"),
-    [(qdq.fp8, "8.6", "fp8_e4m3"), (qdq.fp4, "8.9", "fp4_e2m1")],
+    [
+        (qdq.fp8, "8.6", "fp8_e4m3"),
+        (qdq.fp4, "8.9", "fp4_e2m1"),
+    ],
 )
 def test_a_type_that_the_device_lacks(
     tmp_path: Path, make: Callable[[], onnx.ModelProto], capability: str, kind: str
 ) -> None:
     """Refused at once, and not at the end of a build."""
-    message = f"{kind} is a type that this device does not multiply; fp8 needs .* fp4 needs 12.0"
+    message = (
+        f"{kind} is a type that this device does not multiply; int4 needs compute capability 8.0 "
+        "or newer, fp8 needs 8.9, fp4 needs 12.0: build for one of these, or compile with"
+    )
     with pytest.raises(UnsupportedError, match=message):
         built(make(), tmp_path, "w8a8", capability)
 
@@ -275,7 +295,12 @@ BAD_DEVICES: dict[str, tuple[str, tuple[str, ...], str]] = {
     "unknown": (
         "tensorrt-rtx",
         ("9.0",),
-        "compute-capability: got 9.0, expected one or more of 7.5, .*, 12.1; .* --backend tensorrt",
+        "compute-capability: got 9.0, expected one or more of 8.0, .*, 12.1; .* --backend tensorrt",
+    ),
+    "without float32 products": (
+        "tensorrt-rtx",
+        ("8.9", "7.5"),
+        "compute-capability: got 7.5, expected one or more of 8.0, .* builds these graphs for no",
     ),
     "twice": ("tensorrt-rtx", ("8.9", "8.9"), "compute-capability: got 8.9 twice"),
     "tensorrt": ("tensorrt", ("8.9",), "compute-capability: TensorRT builds for the GPU of this"),
