@@ -7,7 +7,7 @@ from ditcast.cache import fitted
 from ditcast.cache.fitted import Fitted, Table, plan_of, recipe_plan
 from ditcast.cache.guard import held_back
 from ditcast.cache.stepping import graphs
-from ditcast.calibrate import correction, noise, qparams, router, threshold
+from ditcast.calibrate import correction, noise, placement, qparams, router, threshold
 from ditcast.calibrate.qparams import QParams
 from ditcast.calibrate.simulate import quantized
 from ditcast.errors import ConfigError
@@ -47,6 +47,11 @@ def fit(bundle: Bundle, model: LoadedModel) -> None:
     recipe = manifest.recipe
     if not fitted.missing(manifest):
         return
+    places = None
+    if recipe.placement == "fitted":
+        places = placement.fit(model, recipe, plan_of(recipe, len(model.adapter.slots)))
+    section = CacheFit(made_from=manifest.fingerprint(), file=FILE, places=places)
+    manifest = manifest.model_copy(update={"cache": section})
     plan = recipe_plan(manifest)
     scales, found, reference = qparams.of_bundle(bundle), Fitted(), Fitted()
     full_steps = None
@@ -71,15 +76,15 @@ def fit(bundle: Bundle, model: LoadedModel) -> None:
     forecasts = (
         int((~plan.full).sum()) * len(model.adapter.slots) if found.forecast is not None else 0
     )
-    section = CacheFit(
-        made_from=manifest.fingerprint(),
-        file=FILE,
-        held_back=held_back(plan, safe),
-        forecasts=forecasts,
-        corrected=found.gain is not None,
-        threshold=None if found.threshold is None else float(found.threshold),
-        full_steps=full_steps,
-        reused=safe.reused if safe.mask is not None else None,
+    section = section.model_copy(
+        update={
+            "held_back": held_back(plan, safe),
+            "forecasts": forecasts,
+            "corrected": found.gain is not None,
+            "threshold": None if found.threshold is None else float(found.threshold),
+            "full_steps": full_steps,
+            "reused": safe.reused if safe.mask is not None else None,
+        }
     )
     if section.held_back:
         say(f"cache: noise guard: {section.held_back} of {forecasts} forecasts are plain reuse")

@@ -21,12 +21,8 @@ class Target(NamedTuple):
 
     A target without integers, `dtype` None, is in full precision. One that `unfolds` has integer
     convolutions as MatMuls over their windows. One that is `typed` takes its precision from the
-<<<<<<< HEAD
-    graph: see `export.tensorrt`. One that `multiplies` has forecasts as products: see
-    `export.forecast`; others fuse the sum that they are, and do not branch well.
-=======
-    graph, and multiplies 8-bit floats too: see `export.tensorrt`.
->>>>>>> fp8
+    graph, and multiplies 8-bit floats too: see `export.tensorrt`. One that `multiplies` has
+    forecasts as products: see `export.forecast`; others fuse the sum, and do not branch well.
     """
 
     dtype: type[np.generic] | None

@@ -159,7 +159,7 @@ class Pipeline:
         section = self.bundle.manifest.cache
         if section is None or cache not in (None, self.recipe.cache):
             return False
-        if section.threshold is not None or self.recipe.cache == "learned":
+        if section.threshold is not None or self.recipe.cache == "learned" or section.places:
             return True
         return self.target != REFERENCE and (section.corrected or section.held_back > 0)
 

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from ditcast.errors import BundleError
 from ditcast.recipe import Recipe
 
-FORMAT_VERSION = 6
+FORMAT_VERSION = 7
 MANIFEST = "manifest.json"
 REFERENCE = "reference"  # the target of full precision
 WEIGHTS = "weights.data"  # in the folder of a target: the weights of all its graphs
@@ -79,17 +79,18 @@ class CacheFit(_Section):
     """What calibration fitted to the cache's plan; the tables themselves lie in `file`.
 
     `held_back` of `forecasts` (step, slot) are plain reuse by the noise guard; `corrected` says
-    whether samples are corrected after each step.
+    whether samples are corrected after each step. `places` are the full steps, if they were fitted.
     """
 
     made_from: str
     file: str
-    held_back: int
-    forecasts: int
-    corrected: bool
+    held_back: int = 0
+    forecasts: int = 0
+    corrected: bool = False
     threshold: float | None = None
     full_steps: float | None = None
     reused: float | None = None
+    places: tuple[int, ...] | None = None
 
 
 class Graph(_Section):

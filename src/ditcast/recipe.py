@@ -118,6 +118,11 @@ class Recipe(BaseModel):
     order: int = Field(
         1, ge=0, le=4, description="order of the forecast (--cache taylor, rfe, rcs, relational)"
     )
+    placement: Literal["even", "fitted"] = Field(
+        "even",
+        description="full steps at equal distances, or where calibration finds samples closest to "
+        "uncached ones (--cache taylor)",
+    )
     threshold: float | None = Field(
         None,
         ge=0,
@@ -170,6 +175,16 @@ class Recipe(BaseModel):
             raise ValueError(
                 f"threshold: got {self.threshold} with cache {self.cache}, whose full steps the "
                 f"interval gives; expected cache {' or '.join(DYNAMIC)}"
+            )
+        if self.placement == "fitted" and self.cache != "taylor":
+            raise ValueError(
+                f"placement: got fitted with cache {self.cache}; expected cache taylor, which "
+                "forecasts over any distance"
+            )
+        if self.trajectories == "cached" and self.placement == "fitted":
+            raise ValueError(
+                "trajectories: got cached with placement fitted, whose full steps are only found "
+                "after calibration; expected full"
             )
         if self.trajectories == "cached" and self.cache in (*DYNAMIC, "learned"):
             raise ValueError(

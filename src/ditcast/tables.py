@@ -96,6 +96,7 @@ def bundle_rows(manifest: Manifest) -> dict[str, str]:
         "temporal features": f"{recipe.temporal}, ranges per step: {recipe.fsc}",
         "cache": f"{recipe.cache}, interval {recipe.interval}, {len(model.slots)} slots"
         + (f", order {recipe.order}" if recipe.cache in ORDERED else ""),
+        "full steps": " ".join(map(str, fit.places)) if fit is not None and fit.places else "",
         "threshold": f"{fit.threshold:.5g}, {fit.full_steps:.1f} full steps on average"
         if fit is not None and fit.threshold is not None
         else "",

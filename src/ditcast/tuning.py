@@ -273,6 +273,11 @@ def check(base: Recipe, fixed: dict[str, Any]) -> None:
             "tune: got a recipe with rules, a group or --temporal other than fp, which do not go "
             "with every scheme; tune without them"
         )
+    if base.placement != "even":
+        raise ConfigError(
+            f"placement: got {base.placement}, expected even; tune finds interval and order, then "
+            "compile its recipe with --placement fitted"
+        )
     if fixed.get("cache", CACHES[0]) not in CACHES:
         raise ConfigError(f"cache: got {fixed['cache']}, expected one of {', '.join(CACHES)}")
 

@@ -15,6 +15,7 @@ from ditcast.cache import make_plan
 from ditcast.cache.guard import guarded
 from ditcast.cache.learned import routed
 from ditcast.cache.plan import StepPlan
+from ditcast.cache.taylor import along
 from ditcast.manifest import REFERENCE, Manifest
 from ditcast.recipe import Recipe
 
@@ -66,8 +67,14 @@ def plan_of(recipe: Recipe, slots: int) -> StepPlan:
 
 
 def recipe_plan(manifest: Manifest) -> StepPlan:
-    """The plan that a bundle's recipe asks for, as no calibration has changed it."""
-    return plan_of(manifest.recipe, slots=len(manifest.model.slots))
+    """The plan that a bundle's recipe asks for, its full steps where calibration has put them."""
+    recipe, slots = manifest.recipe, len(manifest.model.slots)
+    places = None if manifest.cache is None else manifest.cache.places
+    if places is None:
+        return plan_of(recipe, slots)
+    full = np.zeros(recipe.steps, bool)
+    full[list(places)] = True
+    return along(full, slots, recipe.order)
 
 
 def guarding(manifest: Manifest) -> bool:
@@ -83,6 +90,7 @@ def missing(manifest: Manifest) -> bool:
     needed = (
         plan.gate is not None
         or plan.mask is not None
+        or manifest.recipe.placement == "fitted"
         or guarding(manifest)
         or manifest.recipe.correction != "none"
     )

@@ -13,10 +13,14 @@ WARM_UP = 2  # full steps before the first reuse step (official code for DiT)
 
 def plan(steps: int, interval: int, slots: int, order: int) -> StepPlan:
     """Full in the warm-up, then whenever N - 1 reuse steps have passed (official code)."""
-    full = schedule(steps, interval)
-    weights = np.zeros((steps, order + 1, slots), np.float32)
+    return along(schedule(steps, interval), slots, order)
+
+
+def along(full: NDArray[np.bool_], slots: int, order: int) -> StepPlan:
+    """TaylorSeer's forecasts between full steps (T,) at any distances."""
+    weights = np.zeros((len(full), order + 1, slots), np.float32)
     ladder = Ladder(order, np.float64)
-    for step in range(steps):
+    for step in range(len(full)):
         if full[step]:
             ladder.climb(step)
         else:

@@ -40,6 +40,7 @@ def compiler(
         keys: dict[str, Any] = {"scheme": scheme, "method": method, "cache": "none"}
         keys |= {"guard": "off", "correction": "none", "trajectories": "full"}
         keys |= {"threshold": None, "router": None, "reuse": None, "router_on": "float"}
+        keys |= {"placement": "even"}
         recipe = recipes.make(base.model_dump(mode="json") | keys)
         path = folder / "bundles" / f"{scheme}-{method}.bundle"
         bundle = Bundle.create(path, describe(loaded, recipe))
