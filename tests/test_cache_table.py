@@ -43,11 +43,22 @@ def relating_bundle(tiny: LoadedModel, tmp_path_factory: pytest.TempPathFactory)
     return make_bundle(tiny, path, scheme="none", cache="rfe", interval=3)
 
 
+@pytest.fixture(scope="module")
+def placed_bundle(tiny: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """Full precision with full steps where calibration put them."""
+    path, keys = tmp_path_factory.mktemp("cache_table") / "placed.bundle", {"placement": "fitted"}
+    return make_bundle(tiny, path, scheme="none", cache="taylor", interval=3, **keys)
+
+
 def test_every_point_has_speed_and_fidelity(
-    taylor_bundle: Bundle, shared_bundle: Bundle, relating_bundle: Bundle, tmp_path: Path
+    taylor_bundle: Bundle,
+    shared_bundle: Bundle,
+    relating_bundle: Bundle,
+    placed_bundle: Bundle,
+    tmp_path: Path,
 ) -> None:
     """Three precisions, two policies at one interval, fewer steps, and the plans of bundles."""
-    held = (shared_bundle.path, taylor_bundle.path, relating_bundle.path)
+    held = (shared_bundle.path, taylor_bundle.path, relating_bundle.path, placed_bundle.path)
     done = run(
         *(*held, "--policies", "fora", "taylor-1"),
         *("--intervals", 3, "--images", 4, "--threads", 1),
@@ -70,8 +81,9 @@ def test_every_point_has_speed_and_fidelity(
         ("fp32", "fewer steps", 3, 3),
         (FOUR, "fitted: taylor-1, guard on, vc moment, full trajectories, uniform", 4, 6),
         ("fp32", "rfe-1", 3, 6),
+        ("fp32", "taylor-1, placed", 3, 6),
     ]
-    assert rows[-1]["reused"] == 0.5
+    assert rows[-1]["reused"] == rows[-2]["reused"] == 0.5
     assert rows[0]["psnr_db"]["p50"] == 100
     assert all(row["psnr_db"]["p50"] < 100 for row in rows[1:])
     assert all(row["image_ms"]["p50"] > 0 for row in rows)

@@ -112,7 +112,9 @@ def points(bundles: Sequence[Bundle], args: argparse.Namespace) -> list[Point]:
         if bundle.manifest.quantization is not None:
             precisions.setdefault(name, pipeline)
         policy = f"{held.cache}-{held.order}" if held.cache in ORDERED else held.cache
-        if held.cache not in STATIC:  # whose graphs are in this bundle only
+        placed = held.placement == "fitted"
+        if held.cache not in STATIC or placed:  # what this bundle only has: graphs, or full steps
+            policy += ", placed" if placed else ""
             own = Pipeline(bundle, backend=backend, target="reference")
             for precision, runs in (("fp32", own), (name, pipeline))[: 1 + (held.scheme != "none")]:
                 fitted.append(Point(precision, policy, runs, None, recipe.steps, held.interval))
