@@ -290,8 +290,8 @@ def test_caches_are_counted_in_tensors_of_a_slot() -> None:
     def kept(policy: str) -> int:
         return held(make_plan(policy, steps=STEPS, interval=INTERVAL, order=2, slots=4), 4)
 
-    assert kept("fora") == 2  # a forecast for each reuse step of a segment
-    assert kept("taylor") == 2 * 3 * 2  # of three segments, and their sums
+    assert kept("fora") == 2 * 2  # a forecast for each reuse step of a segment, two buffers
+    assert kept("taylor") == 2 * 3 * 2  # of three segments
     assert kept("relational") == kept("rcs") == 2 * 4 * (3 + 1) + 2 * 3
     assert kept("learned") == 2 * 4
     assert kept("stack") == kept("first-block") == 5
