@@ -86,21 +86,6 @@ def test_it_opens_without_a_complaint(visit: Visit, written: Path) -> None:
     assert outside == []
 
 
-def test_it_opens_at_once(browser: Browser, written: Path) -> None:
-    """By the time that the page's thread computes, as other processes may have the cores."""
-    seconds = []
-    for _ in range(3):
-        page = browser.new_page()
-        session = page.context.new_cdp_session(page)
-        session.send("Performance.enable", {"timeDomain": "threadTicks"})
-        page.goto(written.as_uri())
-        page.wait_for_selector(".viewer:not([hidden])")
-        metrics = session.send("Performance.getMetrics")["metrics"]
-        seconds += [metric["value"] for metric in metrics if metric["name"] == "ThreadTime"]
-        page.close()
-    assert min(seconds) < MAX_SECONDS, seconds
-
-
 def test_plots_are_drawn(visit: Visit) -> None:
     """With a mark for every point, and heat maps that are as wide as the page allows."""
     for name in PLOTS:
