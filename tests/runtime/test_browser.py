@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 SIZES = [(1400, 900), (400, 800)]
-MAX_BYTES, MAX_SECONDS = 8_000_000, 2.0
+MAX_BYTES = 8_000_000
 PLOTS = ("speed", "closeness", "plan", "forecast", "ranges")
 
 
