@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ditcast.cache.plan import StepPlan
-from ditcast.cache.taylor import along
+from ditcast.cache.taylor import placed
 from ditcast.calibrate.collect import draw_labels
 from ditcast.calibrate.trajectory import follow
 from ditcast.models import LoadedModel
@@ -37,7 +37,7 @@ def fit(model: LoadedModel, recipe: Recipe, plan: StepPlan) -> Places:
     wanted = follow(model, recipe, range(len(labels)), labels)
 
     def closeness(places: Places) -> float:
-        tried = along(mask(places, recipe.steps), slots, order)
+        tried = placed(places, recipe.steps, slots, order)
         found = follow(model, recipe, range(len(labels)), labels, plan=tried)
         return _psnr(found, wanted)
 
@@ -50,13 +50,6 @@ def fit(model: LoadedModel, recipe: Recipe, plan: StepPlan) -> Places:
     return found
 
 
-def mask(places: Places, steps: int) -> np.ndarray[tuple[int, ...], np.dtype[np.bool_]]:
-    """Which of the steps are full, (T,)."""
-    full = np.zeros(steps, bool)
-    full[list(places)] = True
-    return full
-
-
 def search(
     start: Places, steps: int, closeness: Callable[[Places], float]
 ) -> tuple[Places, float, float]:
@@ -65,22 +58,25 @@ def search(
     Deterministic: full steps from the first to the last, to later steps before earlier ones.
     """
     longest = max(np.diff([*start, steps])) + LONGER
-    best, before = start, closeness(start)
-    tried = {start: before}
+    tried = {start: closeness(start)}
+
+    def better(places: Places, shift: int) -> Places | None:
+        """The first move that wins, of those that have not been tried."""
+        for candidate in _moves(places, shift, steps, longest):
+            if candidate in tried or len(tried) > TRIES:
+                continue
+            tried[candidate] = closeness(candidate)
+            advance()
+            if tried[candidate] > tried[places] + LEAST:
+                return candidate
+        return None
+
+    best = start
     with counting("placing full steps", TRIES) as advance:
         for shift in SHIFTS:
-            moved = True
-            while moved:
-                moved = False
-                for candidate in _moves(best, shift, steps, longest):
-                    if candidate in tried or len(tried) > TRIES:
-                        continue
-                    tried[candidate] = closeness(candidate)
-                    advance()
-                    if tried[candidate] > tried[best] + LEAST:
-                        best, moved = candidate, True
-                        break
-    return best, before, tried[best]
+            while moved := better(best, shift):
+                best = moved
+    return best, tried[start], tried[best]
 
 
 def _moves(places: Places, shift: int, steps: int, longest: int) -> list[Places]:

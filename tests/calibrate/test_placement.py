@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from ditcast import recipe as recipes
 from ditcast.bundle import Bundle
 from ditcast.cache.fitted import recipe_plan
-from ditcast.cache.taylor import along, plan, schedule
+from ditcast.cache.taylor import placed, plan, schedule
 from ditcast.calibrate import calibrate
 from ditcast.calibrate.placement import LONGER, TRIES, search
 from ditcast.calibrate.trajectory import follow
@@ -58,20 +58,21 @@ def test_full_steps_that_pay_are_found() -> None:
 
 
 @pytest.mark.parametrize("order", [0, 1, 2])
-def test_equal_distances_are_the_policy_itself(order: int) -> None:
-    """The forecasts between full steps at any distances are TaylorSeer's at its own."""
-    for interval in (2, 5):
-        even = plan(23, interval, 4, order)
-        made = along(schedule(23, interval), 4, order)
-        np.testing.assert_array_equal(even.full, made.full)
-        np.testing.assert_array_equal(even.weights, made.weights)
+def test_forecasts_read_as_far_back_as_their_order(order: int) -> None:
+    """All of the last full steps, once there are as many; what stays the same is forecast so."""
+    places = [0, 4, 5, 11, 18]
+    found = placed(places, 23, 4, order)
+    assert np.flatnonzero(found.full).tolist() == places
+    assert found.weights.shape == (23, order + 1, 4)
+    for step in sorted({*range(23)} - {*places}):
+        known = min(order + 1, sum(place < step for place in places))
+        assert np.count_nonzero(found.weights[step, :, 0]) == known
+        np.testing.assert_allclose(found.weights[step].sum(axis=0), 1, atol=1e-5)
 
 
 def test_forecasts_are_exact_for_what_is_linear_in_time() -> None:
     """Two full steps at any distance give a straight line's values behind them."""
-    full = np.zeros(20, bool)
-    full[[0, 3, 10]] = True
-    found = along(full, 1, 1)
+    found = placed([0, 3, 10], 20, 1, 1)
     line = 3.0 - 0.7 * np.arange(20)
     for step, (newest, before) in {4: (3, 0), 9: (3, 0), 15: (10, 3)}.items():
         made = found.weights[step, :, 0] @ line[[newest, before]]

@@ -15,7 +15,7 @@ from ditcast.cache import make_plan
 from ditcast.cache.guard import guarded
 from ditcast.cache.learned import routed
 from ditcast.cache.plan import StepPlan
-from ditcast.cache.taylor import along
+from ditcast.cache.taylor import placed
 from ditcast.manifest import REFERENCE, Manifest
 from ditcast.recipe import Recipe
 
@@ -72,9 +72,7 @@ def recipe_plan(manifest: Manifest) -> StepPlan:
     places = None if manifest.cache is None else manifest.cache.places
     if places is None:
         return plan_of(recipe, slots)
-    full = np.zeros(recipe.steps, bool)
-    full[list(places)] = True
-    return along(full, slots, recipe.order)
+    return placed(places, recipe.steps, slots, recipe.order)
 
 
 def guarding(manifest: Manifest) -> bool:

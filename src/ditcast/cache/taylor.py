@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -13,14 +15,16 @@ WARM_UP = 2  # full steps before the first reuse step (official code for DiT)
 
 def plan(steps: int, interval: int, slots: int, order: int) -> StepPlan:
     """Full in the warm-up, then whenever N - 1 reuse steps have passed (official code)."""
-    return along(schedule(steps, interval), slots, order)
+    return placed(np.flatnonzero(schedule(steps, interval)).tolist(), steps, slots, order)
 
 
-def along(full: NDArray[np.bool_], slots: int, order: int) -> StepPlan:
-    """TaylorSeer's forecasts between full steps (T,) at any distances."""
-    weights = np.zeros((len(full), order + 1, slots), np.float32)
+def placed(places: Sequence[int], steps: int, slots: int, order: int) -> StepPlan:
+    """TaylorSeer's forecasts between full steps at any places, the first of them 0."""
+    full = np.zeros(steps, bool)
+    full[list(places)] = True
+    weights = np.zeros((steps, order + 1, slots), np.float32)
     ladder = Ladder(order, np.float64)
-    for step in range(len(full)):
+    for step in range(steps):
         if full[step]:
             ladder.climb(step)
         else:
