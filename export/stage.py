@@ -176,10 +176,10 @@ def _write_target(
                 lower(graph, name)
             path = folder / f"{name}.onnx"
             store.save(graph, path)
-            proto = onnx.load(path, load_external_data=False)
             if name in BRANCHED:
-                store.save_proto(branch(proto), path)
+                store.save_proto(branch(onnx.load(path, load_external_data=False)), path)
             elif name == "full" and TARGETS[target].multiplies:
+                proto = onnx.load(path, load_external_data=False)
                 store.save_proto(multiply(proto, adapter.slot_shape), path)
         parts = {
             name: onnx.load(folder / f"{name}.onnx", load_external_data=False)
