@@ -162,6 +162,10 @@ def test_full_precision_is_a_recipe_too(tmp_path: Path) -> None:
         (("--max-loss", 0), "max_loss: got 0.0, expected a share between 0 and 1"),
         (("--max-loss", "nan"), "max_loss: got nan, expected a share"),
         (("--max-loss", 0.1, "--temporal", "tib"), "with rules, a group or --temporal other than"),
+        (
+            ("--max-loss", 0.1, "--placement", "fitted"),
+            "placement: got fitted, expected even; tune finds",
+        ),
         (("--max-loss", 0.1, "--backend", "gpu"), "gpu"),
         ((), "Missing option '--max-loss'"),
     ],

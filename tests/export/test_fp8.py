@@ -9,17 +9,16 @@ from typing import Any
 import onnx
 import pytest
 import torch
-from diffusers import DDPMScheduler, DiTTransformer2DModel
 from onnx import TensorProto, numpy_helper
 
 from ditcast.bundle import Bundle
 from ditcast.calibrate import qparams
 from ditcast.errors import ConfigError
 from ditcast.export import to_onnx
-from ditcast.models import LoadedModel, load
+from ditcast.models import LoadedModel
 from ditcast.runtime import Pipeline
 from ditcast.runtime.backends import graph_file
-from tests.conftest import TINY, Cli, make_bundle
+from tests.conftest import Cli, make_bundle
 from tests.export.test_schemes import LABELS, SEED, psnr_db, simulated
 
 E4M3 = TensorProto.FLOAT8E4M3FN
@@ -80,16 +79,6 @@ def test_parity_is_measured_on_the_graphs(fp8_bundle: Bundle) -> None:
     file = graph_file(fp8_bundle, "tensorrt", "full")
     assert (file.e4m3, file.weight_bits) == (True, 0)
     assert not graph_file(fp8_bundle, "tensorrt", "reuse").e4m3
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
-    """The tiny model with one block: tracing is what takes long."""
-    folder = tmp_path_factory.mktemp("one")
-    torch.manual_seed(0)
-    DiTTransformer2DModel(**(TINY | {"num_layers": 1})).save_pretrained(folder / "transformer")
-    DDPMScheduler(clip_sample=False).save_pretrained(folder / "scheduler")
-    return load(str(folder))
 
 
 @pytest.mark.usefixtures("quick")

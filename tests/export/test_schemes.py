@@ -10,7 +10,6 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from diffusers import DDPMScheduler, DiTTransformer2DModel
 from numpy.typing import NDArray
 from onnx import TensorProto
 from torch import Tensor
@@ -21,13 +20,13 @@ from ditcast.calibrate.qparams import QParams
 from ditcast.calibrate.simulate import quantized
 from ditcast.calibrate.trajectory import sample
 from ditcast.errors import ConfigError, DitcastError
-from ditcast.models import LoadedModel, load
+from ditcast.models import LoadedModel
 from ditcast.runtime import Pipeline
 from ditcast.runtime.audit import audit
 from ditcast.runtime.backends import GraphFile, graph_file, make_backend
 from ditcast.runtime.bench import bench
 from ditcast.schedule import from_config
-from tests.conftest import TINY, make_bundle
+from tests.conftest import make_bundle
 
 LABELS = [3, 1]
 SEED = 5
@@ -59,16 +58,6 @@ SCHEMES: dict[str, dict[str, Any]] = {
 VECTORS = 6 + 2  # modulations of a block and of the final layer
 TARGETS = ("reference", "onnxruntime")
 Made = Callable[[str], Bundle]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
-    """The tiny model with one block: tracing is what takes long."""
-    folder = tmp_path_factory.mktemp("one")
-    torch.manual_seed(0)
-    DiTTransformer2DModel(**(TINY | {"num_layers": 1})).save_pretrained(folder / "transformer")
-    DDPMScheduler(clip_sample=False).save_pretrained(folder / "scheduler")
-    return load(str(folder))
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,9 @@ from ditcast.errors import BundleError, ConfigError
 from ditcast.export import to_onnx
 from ditcast.models import LoadedModel
 from ditcast.models.base import describe
-from ditcast.runtime import Pipeline
+from ditcast.runtime import Pipeline, Step
 from ditcast.runtime.bench import bench
-from tests.conftest import RECIPE, make_bundle
+from tests.conftest import RECIPE, Cli, make_bundle
 from tests.runtime.test_trajectories import LABELS, LIMIT, SEED, largest
 
 
@@ -63,6 +64,30 @@ def test_a_guarded_plan_is_what_both_loops_run(tiny: LoadedModel, tmp_path: Path
     assert largest(plain, host) < LIMIT
     with pytest.raises(ConfigError, match=r"its 8 steps; compile one with --steps 4"):
         guarded.sample(LABELS, steps=4)
+
+
+def test_full_steps_are_where_calibration_put_them(
+    tiny: LoadedModel, tmp_path: Path, cli: Cli
+) -> None:
+    """In both loops and in both precisions; no other number of steps is taken with that cache."""
+    keys: dict[str, Any] = {"cache": "taylor", "interval": 4, "steps": 10, "placement": "fitted"}
+    bundle = make_bundle(tiny, tmp_path / "placed", **keys)
+    assert bundle.manifest.cache is not None
+    places = bundle.manifest.cache.places
+    assert places is not None
+    even = make_plan("taylor", steps=10, interval=4, slots=4)
+    assert places != tuple(np.flatnonzero(even.full))
+    for target in ("onnxruntime", "reference"):
+        pipeline, seen = Pipeline(bundle, target=target), list[Step]()
+        host = pipeline.sample(LABELS, seed=SEED, callback=seen.append)
+        assert tuple(step.index for step in seen if step.full) == places
+        np.testing.assert_array_equal(pipeline.sample(LABELS, seed=SEED, loop="graph"), host)
+        assert largest(pipeline.sample(LABELS, seed=SEED, cache=even), host) > LIMIT
+        with pytest.raises(ConfigError, match=r"its 10 steps; compile one with --steps 4"):
+            pipeline.sample(LABELS, steps=4)
+        assert pipeline.sample(LABELS, steps=4, cache="none").shape == host.shape
+    shown = cli("inspect", bundle.path).out
+    assert re.search(rf"full steps +{' '.join(map(str, places))}\b", shown)
 
 
 def test_graphs_of_other_tables_are_stale(tiny: LoadedModel, tmp_path: Path) -> None:
