@@ -34,7 +34,7 @@ from ditcast.manifest import REFERENCE, WEIGHTS, Graph
 from ditcast.models import Adapter, LoadedModel
 from ditcast.models.base import Layer, is_near
 from ditcast.progress import say
-from ditcast.recipe import FLOAT
+from ditcast.recipe import FLOAT, TEMPORAL
 from ditcast.runtime.backends import GraphFile
 from ditcast.sampling import coefficients, needs_noise
 from ditcast.schedule import from_config
@@ -69,8 +69,9 @@ def to_onnx(bundle: Bundle, model: LoadedModel, targets: Sequence[str] = DEFAULT
     golden: dict[str, Any] = {}
     if held:
         golden, _ = tensors.load(bundle.file(GOLDEN))
+    floats: dict[str, gs.Graph] = {}
     for targets, scales in encodings(model.adapter, due, qparams):
-        found += _export(bundle, model, targets, scales, golden)
+        found += _export(bundle, model, targets, scales, golden, floats)
     tensors.save(golden, bundle.staged(GOLDEN))
     replaces = "" if held else "graphs/"
     bundle.commit({"graphs": tuple(found), "golden": (GOLDEN,)}, replaces)
@@ -93,13 +94,19 @@ def _export(
     targets: Sequence[str],
     qparams: QParams,
     golden: dict[str, Any],
+    floats: dict[str, gs.Graph],
 ) -> list[Graph]:
-    """Stage the graphs of targets that encode the same numbers; adds their golden steps."""
+    """Stage the graphs of targets that encode the same numbers; adds their golden steps.
+
+    `floats` are traced graphs that serve wherever Q/DQ nodes make all of the difference.
+    """
     found, adapter = [], model.adapter
     with quantized(adapter, qparams) as simulation:
         probes = make_probes(bundle, adapter)
-        say("exporting: tracing the model")
-        traced = {name: _trace(probe, simulation) for name, probe in probes.items()}
+        traced = floats if _traces_as_float(qparams, simulation.originals) else {}
+        if not traced:
+            say("exporting: tracing the model")
+            traced |= {name: _trace(probe, simulation) for name, probe in probes.items()}
         for target in targets:
             say(f"exporting: writing target {target} and comparing it with torch")
             folder = bundle.staged(f"graphs/{target}/{WEIGHTS}").parent
@@ -137,6 +144,23 @@ def _export(
                 for name, parity in parities.items()
             ]
     return found
+
+
+def _traces_as_float(qparams: QParams, originals: dict[str, Layer]) -> bool:
+    """Whether the traced graphs are those of full precision, but for weights that Q/DQ replaces.
+
+    They are not where features change, where a scale per step takes rows of its own, where inputs
+    are clipped to fewer than 8 bits, and where the bias of a convolution is added behind it.
+    """
+    if qparams.balance or qparams.outputs or qparams.stored:
+        return False
+    return not any(
+        name.startswith(TEMPORAL)
+        or scales.stepwise
+        or originals[name].weight.dim() > 2
+        or (scales.activation is not None and scales.bits.activation < 8)
+        for name, scales in qparams.layers.items()
+    )
 
 
 def _trace(probe: Probe, simulation: Simulation) -> gs.Graph:

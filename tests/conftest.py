@@ -18,10 +18,12 @@ from ditcast import recipe as recipes
 from ditcast.bundle import Bundle
 from ditcast.calibrate import calibrate
 from ditcast.cli import main
-from ditcast.export import to_onnx
+from ditcast.export import stage, to_onnx
+from ditcast.export.trace import trace
 from ditcast.models import LoadedModel, load
 from ditcast.models.base import describe
 from tests import unets
+from tests.tracing import remembering
 
 CLASSES = 5
 TINY: dict[str, Any] = {
@@ -57,6 +59,14 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Compiled graphs of tests stay out of the user's cache."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DITCAST_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _traced_once() -> Iterator[None]:
+    """Equal modules are traced once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stage, "trace", remembering(trace))
         yield
 
 

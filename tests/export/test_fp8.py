@@ -81,7 +81,6 @@ def test_parity_is_measured_on_the_graphs(fp8_bundle: Bundle) -> None:
     assert not graph_file(fp8_bundle, "tensorrt", "reuse").e4m3
 
 
-@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("name", SCHEMES)
 def test_the_graphs_sample_as_the_simulation(model: LoadedModel, tmp_path: Path, name: str) -> None:
     """In both loops, at least 40 dB and closer than to full precision; a second start too."""

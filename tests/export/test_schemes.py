@@ -61,9 +61,8 @@ Made = Callable[[str], Bundle]
 
 
 @pytest.fixture(scope="module")
-def made(model: LoadedModel, tmp_path_factory: pytest.TempPathFactory, quick_module: None) -> Made:
+def made(model: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> Made:
     """The bundle of a scheme, made once; never write to it."""
-    del quick_module
     held: dict[str, Bundle] = {}
 
     def find(name: str) -> Bundle:

@@ -77,7 +77,6 @@ def test_golden_values_are_what_the_graphs_give(shared_bundle: Bundle) -> None:
     assert not np.array_equal(held["reference.output"], held["onnxruntime.output"])
 
 
-@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize(
     ("limit", "value", "graph"),
     [("FLOAT_LIMIT", -1.0, "temporal.onnx"), ("QUANTIZED_LIMIT", -1.0, "full.onnx")],
@@ -102,7 +101,6 @@ def test_a_graph_that_differs_is_not_kept(
         found.graph("reference", "full")
 
 
-@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize(
     "mistake",
     [{"null_label": 0}, {"clip": 0.5}, {"table": np.ones((6, 6), np.float32)}],
@@ -136,7 +134,6 @@ def other_slots(plan: StepPlan) -> StepPlan:
     return StepPlan(full=plan.full, weights=weights)
 
 
-@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("mistake", [other_weights, other_slots])
 def test_a_graph_loop_that_forecasts_something_else_is_not_kept(
     tiny: LoadedModel,
@@ -157,7 +154,6 @@ def test_a_graph_loop_that_forecasts_something_else_is_not_kept(
         to_onnx(bundle, tiny)
 
 
-@pytest.mark.usefixtures("quick")
 def test_without_a_cache_the_loop_looks_ahead_to_nothing(tiny: LoadedModel, tmp_path: Path) -> None:
     """R is 0: the graph loop has full steps only, and samples as the host loop does."""
     keys = {"scheme": "none", "cache": "none"}
@@ -197,7 +193,6 @@ to_onnx(Bundle.open(Path(sys.argv[1])), load(sys.argv[2]))
 """
 
 
-@pytest.mark.usefixtures("quick")
 def test_a_killed_export_is_repeated(
     calibrated: Bundle, tiny: LoadedModel, tiny_dir: Path, shared_bundle: Bundle
 ) -> None:
@@ -263,7 +258,6 @@ def test_export_needs_the_scales_of_its_recipe(
         to_onnx(calibrated, tiny)
 
 
-@pytest.mark.usefixtures("quick")
 def test_scheme_none_exports_float_graphs(tiny: LoadedModel, tmp_path: Path) -> None:
     """Both targets are there, and the second has no integers either."""
     bundle = Bundle.create(
