@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from types import ModuleType
+from collections.abc import Iterable, Sequence
+from html import escape
 from typing import Any
 
+from ditcast.errors import optional
 from ditcast.runtime.steps import FORECAST, FULL, HELD, MODULE, REUSED, STORED
 from ditcast.runtime.verdict import Row, count, gains
 
@@ -26,22 +27,24 @@ HEIGHT = 420  # CSS pixels
 Chart = dict[str, Any]
 
 
-def html(figure: Chart, name: str, plotly: ModuleType, *, first: bool) -> str:
-    """A figure as HTML; the first one of a page brings plotly.js."""
-    found = plotly.to_html(
-        figure,
-        config={
-            "displaylogo": False,
-            "responsive": True,
-            "modeBarButtonsToRemove": ["select2d", "lasso2d"],
-        },
-        full_html=False,
-        include_plotlyjs=first,
-        default_height=f"{figure['layout'].get('height', HEIGHT)}px",
-        div_id=name,
-        validate=False,
-    )
-    return str(found)
+def html(figure: Chart, name: str) -> str:
+    """A figure as an element that the page's script draws once the page is open.
+
+    Raises:
+        MissingDependencyError: the `report` extra is not installed.
+    """
+    text = optional("plotly.io", "report").to_json(figure, validate=False)
+    height = figure["layout"].get("height", HEIGHT)
+    return f'<div id="{name}" style="height: {height}px" data-figure="{escape(text)}"></div>'
+
+
+def library(charts: Iterable[str]) -> str:
+    """The source of plotly.js if there are charts to draw, which every page holds once.
+
+    Raises:
+        MissingDependencyError: the `report` extra is not installed.
+    """
+    return str(optional("plotly.offline", "report").get_plotlyjs()) if any(charts) else ""
 
 
 def speed_fidelity(groups: Sequence[tuple[str, Sequence[Row]]], colours: Sequence[str]) -> Chart:

@@ -36,10 +36,11 @@ def render(
     Raises:
         MissingDependencyError: the `report` extra is not installed.
     """
-    jinja2, plotly = optional("jinja2", "report"), optional("plotly.io", "report")
+    jinja2 = optional("jinja2", "report")
     rows = figures["variants"]
     colours = {row["name"]: COLOURS[i % len(COLOURS)] for i, row in enumerate(rows)}
     made = gains(rows)
+    plots = _plots(figures, colours)
     text = _template(jinja2, "report.html.j2").render(
         report=figures,
         rows=rows,
@@ -52,7 +53,8 @@ def render(
         rounds=math.ceil(figures["request"]["images"] / figures["request"]["batch"]),
         factors=sections.factors(figures),
         interaction=interaction(figures),
-        plots=_plots(figures, colours, plotly),
+        plots=plots,
+        plotly=charts.library(plots.values()),
         slot_key=charts.key_of(figures["steps"]["plan"], charts.SLOTS),
         source_key=charts.key_of(figures["steps"]["selection"], charts.SOURCES),
         audit=None if audit is None else sections.audited(audit),
@@ -79,10 +81,11 @@ def render_comparison(
     Raises:
         MissingDependencyError: the `report` extra is not installed.
     """
-    jinja2, plotly = optional("jinja2", "report"), optional("plotly.io", "report")
+    jinja2 = optional("jinja2", "report")
     groups = [(entry.title, entry.figures["variants"]) for entry in entries]
     own = [colours[entry.title] for entry in entries]
-    chart = charts.speed_fidelity(groups, own)
+    found = charts.speed_fidelity(groups, own)
+    chart = charts.html(found, "plot-speed") if found["data"] else ""
     shown = {"variants": [row for row, _ in pictured]}
     text = _template(jinja2, "compare.html.j2").render(
         entries=[
@@ -100,7 +103,8 @@ def render_comparison(
         best=best,
         colours=colours,
         strips=sections.strips(shown, {row["name"]: pictures for row, pictures in pictured}),
-        chart=charts.html(chart, "plot-speed", plotly, first=True) if chart["data"] else "",
+        chart=chart,
+        plotly=charts.library([chart]),
         **words,
     )
     return str(text)
@@ -117,8 +121,8 @@ def _template(jinja2: ModuleType, name: str) -> Any:
     return environment.get_template(name)
 
 
-def _plots(figures: Values, colours: dict[str, str], plotly: ModuleType) -> dict[str, str]:
-    """The plots as HTML, empty where there is nothing to draw; the first brings plotly.js."""
+def _plots(figures: Values, colours: dict[str, str]) -> dict[str, str]:
+    """The plots as HTML, empty where there is nothing to draw."""
     rows, steps = figures["variants"], figures["steps"]
     found = {"speed": charts.speed_fidelity([("", rows)], list(colours.values()))}
     close = {name: row for name, row in steps["closeness_db"].items() if name in colours}
@@ -143,7 +147,7 @@ def _plots(figures: Values, colours: dict[str, str], plotly: ModuleType) -> dict
     html = dict.fromkeys(PLOTS, "")
     for name, figure in found.items():
         if figure["data"]:
-            html[name] = charts.html(figure, f"plot-{name}", plotly, first=not any(html.values()))
+            html[name] = charts.html(figure, f"plot-{name}")
     return html
 
 

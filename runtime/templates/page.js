@@ -85,3 +85,30 @@ for (const button of document.querySelectorAll("[data-copies]")) {
     }
   });
 }
+
+// Plots come last: plotly.js alone takes longer than the rest of the page, so it runs when nothing
+// else is left to do, and then one plot at a time.
+const undrawn = [...document.querySelectorAll("[data-figure]")];
+const idly = window.requestIdleCallback ?? ((work) => setTimeout(work, 100)); // Safari has none
+
+function plot(chart) {
+  if (!window.Plotly) {
+    const script = document.createElement("script");
+    script.textContent = document.getElementById("plotly").textContent;
+    document.head.append(script);
+  }
+  const { data, layout } = JSON.parse(chart.dataset.figure);
+  Plotly.newPlot(chart, data, layout, {
+    displaylogo: false, responsive: true, modeBarButtonsToRemove: ["select2d", "lasso2d"],
+  });
+}
+
+function plotNext() {
+  if (undrawn.length) {
+    plot(undrawn.shift());
+    idly(plotNext);
+  }
+}
+
+window.addEventListener("load", () => idly(plotNext));
+window.addEventListener("beforeprint", () => undrawn.splice(0).forEach(plot));
