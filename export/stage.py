@@ -71,7 +71,7 @@ def to_onnx(bundle: Bundle, model: LoadedModel, targets: Sequence[str] = DEFAULT
         golden, _ = tensors.load(bundle.file(GOLDEN))
     floats: dict[str, gs.Graph] = {}
     for targets, scales in encodings(model.adapter, due, qparams):
-        found += _export(bundle, model, targets, scales, golden, floats)
+        found += _export(bundle, model, targets, scales, golden, floats=floats)
     tensors.save(golden, bundle.staged(GOLDEN))
     replaces = "" if held else "graphs/"
     bundle.commit({"graphs": tuple(found), "golden": (GOLDEN,)}, replaces)
@@ -94,6 +94,7 @@ def _export(
     targets: Sequence[str],
     qparams: QParams,
     golden: dict[str, Any],
+    *,
     floats: dict[str, gs.Graph],
 ) -> list[Graph]:
     """Stage the graphs of targets that encode the same numbers; adds their golden steps.

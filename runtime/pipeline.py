@@ -184,13 +184,16 @@ class Pipeline:
         the other, with `callback` after each step.
 
         Raises:
-            ConfigError: no labels or one outside the classes, bad steps, spacing, loop or guidance,
-                a graph loop that is asked for what its graph does not hold, stored features
-                or tables that do not fit the request, or caches that memory does not hold.
+            ConfigError: no labels or one outside the classes, bad seed, steps, spacing, loop or
+                guidance, a plan of an unknown form or of other steps or slots, a graph loop that is
+                asked for what its graph does not hold, stored features or tables that do not fit
+                the request, or caches that memory does not hold.
             BundleError: a graph is missing or stale, or the backend cannot load or run it.
         """
         self._check_labels(labels)
         _check_choice("loop", loop, get_args(Loop))
+        if min(seed, first) < 0:
+            raise ConfigError(f"seed: got {seed} with first {first}, expected integers from 0")
         _check_choice("spacing", self.schedule.spacing if spacing is None else spacing, SPACINGS)
         guidance = self.recipe.guidance if guidance is None else guidance
         if not 0 <= guidance < float("inf"):

@@ -66,6 +66,7 @@ class Recipe(BaseModel):
 
     Raises:
         ConfigError: from `load` and `make`, naming the key, what it got and what it expects.
+        pydantic.ValidationError: from the class itself; prefer `make`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
 from typing import Any
@@ -135,3 +136,6 @@ def test_a_caller_can_bring_a_plan(shared_bundle: Bundle) -> None:
         pipeline.sample(LABELS, cache=make_plan("fora", steps=6, interval=2, slots=3))
     with pytest.raises(ConfigError, match="loop graph: got a plan, but sampler.onnx holds the"):
         pipeline.sample(LABELS, loop="graph", cache=plan)
+    unknown = dataclasses.replace(plan, form="guess")
+    with pytest.raises(ConfigError, match="got a plan of form 'guess', expected one of forecast, "):
+        pipeline.sample(LABELS, cache=unknown)

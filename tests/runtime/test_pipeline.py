@@ -164,6 +164,8 @@ def test_the_graph_loop_refuses_what_it_does_not_hold(
         ([0], {"guidance": -1.0}, "guidance: got -1.0, expected a number from 0"),
         ([0], {"guidance": float("nan")}, "guidance: got nan, expected"),
         ([0], {"guidance": float("inf")}, "guidance: got inf, expected"),
+        ([0], {"seed": -1}, "seed: got -1 with first 0, expected integers from 0"),
+        ([0], {"first": -2}, "seed: got 0 with first -2, expected integers from 0"),
         ([0], {"spacing": "even"}, "spacing: got 'even', expected one of leading, linspace, trai"),
     ],
 )

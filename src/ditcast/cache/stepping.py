@@ -85,12 +85,19 @@ class Stepper:
     """Decides on each step, and runs it. Subclasses say how; see `FORMS`."""
 
     def __init__(self, plan: StepPlan, request: Request) -> None:
-        """Start a trajectory: nothing is kept from another one."""
+        """Start a trajectory: nothing is kept from another one.
+
+        Raises:
+            ConfigError: a gate without a threshold.
+        """
         self.plan, self.request = plan, request
         self.meter = None if plan.gate is None else Meter(plan, plan.gate, request)
 
     def run(self, step: int, x: Array) -> tuple[Array, bool]:
-        """The output (N, C', H, W) on samples (n, C, H, W), and whether the step was full."""
+        """The output (N, C', H, W) on samples x (n, C, H, W), and whether the step was full.
+
+        N is n, or 2 n with guidance: the conditional rows, then the null ones.
+        """
         self.request.begin(step, x)
         full = bool(self.plan.full[step]) if self.meter is None else self.meter.decide(step)
         return (self.full(step) if full else self.reuse(step)), full
@@ -288,17 +295,37 @@ FORMS: dict[str, tuple[type[Stepper], tuple[str, ...]]] = {
 }
 
 
+def _form(plan: StepPlan) -> tuple[type[Stepper], tuple[str, ...]]:
+    if plan.form not in FORMS:
+        raise ConfigError(
+            f"cache: got a plan of form {plan.form!r}, expected one of {', '.join(FORMS)}"
+        )
+    return FORMS[plan.form]
+
+
 def stepper(plan: StepPlan, request: Request) -> Stepper:
-    """The steps of a trajectory under a plan."""
-    return FORMS[plan.form][0](plan, request)
+    """The steps of a trajectory under a plan.
+
+    Raises:
+        ConfigError: a form that is not in `FORMS`, or a gate without a threshold.
+    """
+    return _form(plan)[0](plan, request)
 
 
 def graphs(plan: StepPlan) -> tuple[str, ...]:
-    """The step graphs that a plan runs, in the order of a full step."""
+    """The step graphs that a plan runs, in the order of a full step.
+
+    Raises:
+        ConfigError: a form that is not in `FORMS`.
+    """
     gauge = () if plan.gate is None else (plan.gate.graph,)
-    return (*gauge, *FORMS[plan.form][1])
+    return (*gauge, *_form(plan)[1])
 
 
 def held(plan: StepPlan, slots: int) -> int:
-    """How many tensors of a slot's output, per row of the batch, a trajectory keeps."""
-    return FORMS[plan.form][0].held(plan, slots)
+    """How many tensors of a slot's output, per row of the batch, a trajectory keeps.
+
+    Raises:
+        ConfigError: a form that is not in `FORMS`.
+    """
+    return _form(plan)[0].held(plan, slots)
