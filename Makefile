@@ -24,7 +24,7 @@ demo: $(VENV)/demo.stamp
 	@echo "picture: out.png"
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 lint: $(VENV)/test.stamp
 	$(BIN)/ruff check .
