@@ -77,7 +77,7 @@ class Walk:
             with quantized(self.adapter, plain):
                 wanted = self._through(self._unit(i, part.enter(wanted, exact_skips), exact))
             part.leave(wanted, exact_skips)
-            unit = self._unit(i, part.enter(given, skips), None if self.naive else rounded)
+            unit = self._unit(i, part.enter(given, skips), rounded, inside=self.naive)
             file, held = folder / f"part-{i:03}.safetensors", Scales()
             if file.is_file():
                 held = _read(file)
@@ -123,18 +123,19 @@ class Walk:
                 found.append(self.adapter.temporal(t[None], labels)[0][inverse])
         return torch.cat(found)
 
-    def _unit(self, index: int, given: Tensor, features: Tensor | None) -> Unit:
-        """A part from its inputs; without `features` the TIB is run inside it."""
+    def _unit(self, index: int, given: Tensor, features: Tensor, *, inside: bool = False) -> Unit:
+        """A part from its inputs and the features (M, F); `inside` it the TIB makes its own."""
         part = self.adapter.parts[index]
 
         def unit(rows: Tensor) -> Tensor:
             self.now = self.rows.bins[rows]
-            if features is None:
+            if inside:
                 t, y = self.rows.timesteps[rows], self.rows.labels[rows]
-                columns = self.adapter.temporal.part(index, t, y)
+                own = self.adapter.temporal.part(index, t, y)
+                taken = part.join(own, features, rows)
             else:
-                columns = features[rows, part.columns]
-            found: Tensor = part.module(given[rows], columns)
+                taken = part.take(features, rows)
+            found: Tensor = part.module(given[rows], taken)
             return found
 
         return unit

@@ -53,12 +53,12 @@ def check_store(model: LoadedModel, recipe: Recipe) -> list[int]:
 
 @torch.no_grad()
 def store(adapter: Adapter, timesteps: Tensor, labels: list[int], bits: int) -> StoredFeatures:
-    """The codes of all features (T, L, F), each vector with the best scale of its own."""
+    """The codes of the parts' own features (T, L, ...), each vector with its own best scale."""
     held = torch.tensor(labels)
     kind = torch.int16 if bits == 16 else torch.int8
     codes, scales, zeros = [], [], []
     for t in timesteps:
-        features = adapter.temporal(t[None], held)[0]
+        features = adapter.temporal.own(t[None], held)[0]
         found = [feature_codes(features[:, c], bits) for c in vector_slices(adapter.parts)]
         codes.append(torch.cat([vector[0] for vector in found], dim=-1).to(kind))
         scales.append(torch.stack([vector[1] for vector in found], dim=-1))
@@ -75,7 +75,7 @@ def store(adapter: Adapter, timesteps: Tensor, labels: list[int], bits: int) -> 
 @torch.no_grad()
 def errors(adapter: Adapter, qparams: QParams, stored: StoredFeatures) -> Tensor:
     """Squared error (T, P) of the features of `qparams`, summed over the stored labels."""
-    wanted = [adapter.temporal(t[None], stored.labels)[0] for t in stored.timesteps]
+    wanted = [adapter.temporal.own(t[None], stored.labels)[0] for t in stored.timesteps]
     alone = replace(
         qparams,
         balance={},
@@ -84,7 +84,7 @@ def errors(adapter: Adapter, qparams: QParams, stored: StoredFeatures) -> Tensor
     rows = []
     with quantized(adapter, alone):
         for t, target in zip(stored.timesteps, wanted, strict=True):
-            error = (adapter.temporal(t[None], stored.labels)[0] - target).square()
+            error = (adapter.temporal.own(t[None], stored.labels)[0] - target).square()
             rows.append(torch.stack([error[:, p.columns].sum() for p in adapter.parts]))
     return torch.stack(rows)
 

@@ -14,7 +14,7 @@ from ditcast.calibrate.codes import fake_quantize
 from ditcast.calibrate.layers import QuantizedLayer
 from ditcast.calibrate.qparams import QParams, StoredFeatures
 from ditcast.models import Adapter
-from ditcast.models.base import Layer, Temporal, vector_slices
+from ditcast.models.base import Layer, Temporal, features_size, vector_slices
 from ditcast.recipe import TEMPORAL
 
 
@@ -57,19 +57,19 @@ class StepScales:
 
 
 class StoredModule(nn.Module):
-    """Cache-based maintenance: the features of stored timesteps and labels, from codes.
+    """Cache-based maintenance: the parts' own features of stored timesteps and labels, from codes.
 
     A timestep or label that is not stored makes the index run over its end, an error in torch
     and in every runtime, never another one's features.
     """
 
     def __init__(self, stored: StoredFeatures, vector_of: Tensor) -> None:
-        """`vector_of` (F,) is the vector that each feature belongs to."""
+        """`vector_of` is the vector that each of these features belongs to."""
         super().__init__()
         self.stored, self.vector_of = stored, vector_of
 
     def forward(self, timesteps: Tensor, class_labels: Tensor) -> Tensor:
-        """(T,) and (U,) -> (T, U, F)."""
+        """(T,) and (U,) -> (T, U, ...)."""
         held = self.stored
         step, label = _position(held.timesteps, timesteps), _position(held.labels, class_labels)
 
@@ -87,7 +87,7 @@ def _position(held: Tensor, wanted: Tensor) -> Tensor:
 
 
 def _owners(columns: list[slice]) -> Tensor:
-    """For each feature, (F,), which of these columns it lies in."""
+    """For each feature that lies in some of these columns, in order, in which of them."""
     widths = torch.tensor([c.stop - c.start for c in columns])
     return torch.arange(len(columns)).repeat_interleave(widths)
 
@@ -102,7 +102,7 @@ class QuantizedFeatures(Temporal):
 
     def __init__(self, adapter: Adapter, qparams: QParams, steps: StepScales) -> None:
         """Around the TIB of `adapter`, in which quantized layers may have taken their places."""
-        super().__init__()
+        super().__init__(adapter.temporal.shared)
         stored = qparams.stored
         self.adapter, self.steps, self.qparams = adapter, steps, qparams
         self.part_of = _owners([part.columns for part in adapter.parts])
@@ -110,10 +110,16 @@ class QuantizedFeatures(Temporal):
         self.stored = StoredModule(stored, self.vector_of) if stored is not None else None
         if stored is None or stored.module is not None:
             self.temporal: Temporal = adapter.temporal
-        self.factors = _Factors(adapter, qparams, steps, len(self.part_of))
+        self.factors = _Factors(adapter, qparams, steps)
 
     def forward(self, timesteps: Tensor, class_labels: Tensor) -> Tensor:
         """Features of all pairs of a timestep (T,) and a label (U,)."""
+        own = self.own(timesteps, class_labels)
+        found: Tensor = self.factors(self.complete(own, class_labels), self.steps.bins)
+        return found
+
+    def own(self, timesteps: Tensor, class_labels: Tensor) -> Tensor:
+        """Those of all parts, as the TIB or the store gives them; the bins of the timesteps."""
         bins, stored = self.steps.find(timesteps), self.qparams.stored
         if self.stored is None:
             features = self._module(timesteps, class_labels, bins)
@@ -124,18 +130,17 @@ class QuantizedFeatures(Temporal):
                 chosen = stored.module.index_select(0, step)[:, self.part_of]
                 module = self._module(timesteps, class_labels, bins)
                 features = torch.where(chosen[:, None], module, features)
-        found: Tensor = self.factors(features, bins)
-        return found
+        return features
 
     def part(self, index: int, timesteps: Tensor, class_labels: Tensor) -> Tensor:
-        """The features of one part for pairs (N,) and (N,), balanced, but with no step scales."""
+        """A part's own features for pairs (N,) and (N,), balanced, but with no step scales."""
         features = self.temporal.part(index, timesteps, class_labels)
         columns = self.adapter.parts[index].columns
         return self.factors.balanced(features, columns)
 
     def _module(self, timesteps: Tensor, class_labels: Tensor, bins: Tensor) -> Tensor:
         """What the TIB computes, rounded at its outputs where it is quantized."""
-        features: Tensor = self.temporal(timesteps, class_labels)
+        features = self.temporal.own(timesteps, class_labels)
         if self.qparams.outputs is None:
             return features
         scale, zero, bits = self.qparams.outputs
@@ -146,10 +151,9 @@ class QuantizedFeatures(Temporal):
 class _Factors(nn.Module):
     """Factors folded into the rows of modulated layers, and the scales behind all rows."""
 
-    def __init__(
-        self, adapter: Adapter, qparams: QParams, steps: StepScales, features: int
-    ) -> None:
+    def __init__(self, adapter: Adapter, qparams: QParams, steps: StepScales) -> None:
         super().__init__()
+        features = features_size(adapter.parts)
         gain, is_scale = torch.ones(features), torch.zeros(features)
         source = torch.full((features,), len(steps.names))  # a column of ones
         self.any = False
@@ -225,7 +229,7 @@ def quantized(adapter: Adapter, qparams: QParams) -> Iterator[Simulation]:
             stack.callback(setattr, parent, attribute, getattr(parent, attribute))
             setattr(parent, attribute, layer)
             found.layers[name] = layer
-        end = adapter.parts[-1].columns.stop
+        end = features_size(adapter.parts)
 
         def read(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             del module

@@ -21,7 +21,7 @@ from ditcast.calibrate.layers import QuantizedLayer
 from ditcast.calibrate.qparams import LayerScales, OutputScales, QParams
 from ditcast.calibrate.simulate import quantized
 from ditcast.models import Adapter
-from ditcast.models.base import vector_slices
+from ditcast.models.base import features_size, vector_slices
 from ditcast.sampling import with_null
 
 TARGET_BYTES = 1 << 29  # of the features that reconstruction compares with
@@ -34,7 +34,7 @@ Scales = dict[str, LayerScales]
 
 def draw_labels(adapter: Adapter, timesteps: Tensor, seed: int) -> Tensor:
     """The labels (L,) that the TIB is calibrated on, null among them if there is one, sorted."""
-    features, classes = adapter.parts[-1].columns.stop, adapter.num_classes
+    features, classes = features_size(adapter.parts), adapter.num_classes
     affordable = TARGET_BYTES // (4 * features * len(timesteps)) - 1
     count = max(1, min(classes, LABELS, affordable))
     drawn = torch.randperm(classes, generator=torch.Generator().manual_seed(seed))[:count]
@@ -55,7 +55,7 @@ def tiar(
     """Temporal information aware reconstruction: the sum over outputs of ||e - e_q||^2."""
     linears = adapter.temporal_linears()
     with grams({name: linears[name] for name in scales if init == "gptq"}) as found:
-        targets = torch.cat([adapter.temporal(t[None], labels)[0] for t in timesteps])
+        targets = torch.cat([adapter.temporal.own(t[None], labels)[0] for t in timesteps])
     roundings = start(linears, scales, found)
 
     def forward(rows: Tensor) -> Tensor:
@@ -97,7 +97,7 @@ def ranges(
             now: dict[str, list[Tensor]] = {name: [] for name in seen}
             with _watching(layers, now):
                 for t in timesteps:
-                    features = adapter.temporal(t[None], labels)[0]
+                    features = adapter.temporal.own(t[None], labels)[0]
                     vectors = [_range(features[:, c]) for c in vector_slices(adapter.parts)]
                     now[OUTPUTS].append(torch.stack(vectors, dim=-1))  # (2, V)
             for name, found in now.items():

@@ -16,14 +16,17 @@ from ditcast.manifest import FORMAT_VERSION, Manifest, ModelInfo
 from ditcast.recipe import Recipe
 
 Layer = nn.Linear | nn.Conv2d
+ALL = slice(None)  # rows
 
 
 class Part(NamedTuple):
-    """One piece of the network in order: `module(h, features[:, columns]) -> h`.
+    """One piece of the network in order: `module(h, part.take(features)) -> h`.
 
-    The module's layers are the denoiser's under `name`, such as `blocks.3`. Its features are
-    `vectors` of equal length, such as a block's six modulations; none where it has no features.
-    A U-Net's parts leave their outputs on a stack of skips, and take them from there.
+    The module's layers are the denoiser's under `name`, such as `blocks.3`. Its own features,
+    `columns`, are `vectors` of equal length, such as a block's six modulations; none where it has
+    no features. Those that it has in common with other parts, `shared`, such as a caption, lie
+    behind the columns of all parts. A U-Net's parts leave their outputs on a stack of skips, and
+    take them from there.
     """
 
     name: str
@@ -32,6 +35,15 @@ class Part(NamedTuple):
     vectors: int
     takes_skip: bool = False
     leaves_skip: bool = False
+    shared: slice | None = None
+
+    def take(self, features: Tensor, rows: Tensor | slice = ALL) -> Tensor:
+        """What the module takes of some rows of the features (N, F) of the whole network."""
+        return self.join(features[rows, self.columns], features, rows)
+
+    def join(self, own: Tensor, features: Tensor, rows: Tensor | slice = ALL) -> Tensor:
+        """The part's own features of these rows, and behind them those that it shares."""
+        return own if self.shared is None else torch.cat([own, features[rows, self.shared]], dim=1)
 
     def enter(self, h: Tensor, skips: list[Tensor]) -> Tensor:
         """The part's input: the stream, and if it takes one, the newest skip as more channels."""
@@ -51,9 +63,15 @@ def first_skips(parts: tuple[Part, ...], h: Tensor) -> list[Tensor]:
 def run_parts(parts: tuple[Part, ...], h: Tensor, features: Tensor, skips: list[Tensor]) -> Tensor:
     """Parts one after the other, with the features (N, F) of the whole network."""
     for part in parts:
-        h = part.module(part.enter(h, skips), features[:, part.columns])
+        h = part.module(part.enter(h, skips), part.take(features))
         part.leave(h, skips)
     return h
+
+
+def features_size(parts: tuple[Part, ...]) -> int:
+    """F: the columns of all parts, and those that they share."""
+    ends: list[int] = [(part.shared or part.columns).stop for part in parts]
+    return max(ends)
 
 
 def vector_slices(parts: tuple[Part, ...]) -> list[slice]:
@@ -100,10 +118,33 @@ class Modulated(NamedTuple):
 
 
 class Temporal(nn.Module):
-    """What gives the temporal features: (timesteps [T] float32, class_labels [U]) -> [T,U,F]."""
+    """What gives the temporal features: (timesteps [T] float32, class_labels [U]) -> [T,U,F].
+
+    `shared` gives those that parts share and no timestep moves: class_labels [U] -> [U,...].
+    """
+
+    def __init__(self, shared: nn.Module | None = None) -> None:
+        """`shared` is None where every feature is some part's own."""
+        super().__init__()
+        self.shared = shared
+
+    def forward(self, timesteps: Tensor, class_labels: Tensor) -> Tensor:
+        """The features of all pairs of a timestep (T,) and a label (U,)."""
+        return self.complete(self.own(timesteps, class_labels), class_labels)
+
+    def complete(self, own: Tensor, class_labels: Tensor) -> Tensor:
+        """The parts' own features (T, U, ...), and behind them those that they share."""
+        if self.shared is None:
+            return own
+        behind = self.shared(class_labels)[None].expand(own.shape[0], -1, -1)
+        return torch.cat([own, behind], dim=-1)
+
+    def own(self, timesteps: Tensor, class_labels: Tensor) -> Tensor:
+        """The features of all parts, without those that they share: (T,), (U,) -> (T, U, ...)."""
+        raise NotImplementedError
 
     def part(self, index: int, timesteps: Tensor, class_labels: Tensor) -> Tensor:
-        """The features of one part of the network for N pairs, (N,) and (N,)."""
+        """The own features of one part of the network for N pairs, (N,) and (N,)."""
         raise NotImplementedError
 
 
@@ -184,10 +225,8 @@ class LoadedModel:
     fingerprint: str
 
     def features_size(self) -> int:
-        """F, from one run of the temporal module."""
-        with torch.no_grad():
-            found: Tensor = self.adapter.temporal(torch.zeros(1), torch.zeros(1, dtype=torch.int64))
-        return int(found.shape[-1])
+        """F, the number of temporal features."""
+        return features_size(self.adapter.parts)
 
 
 def describe(model: LoadedModel, recipe: Recipe) -> Manifest:

@@ -26,7 +26,7 @@ from ditcast.models.base import (
     frequencies,
     linears_of,
 )
-from ditcast.models.dit_network import ACTIVATIONS, Denoiser
+from ditcast.models.dit_network import ACTIVATIONS, Block, Denoiser
 from ditcast.models.dit_steps import STEPS
 from ditcast.recipe import TEMPORAL
 
@@ -50,7 +50,7 @@ class TemporalFeatures(Temporal):
         self.register_buffer("frequencies", frequencies(norms[0].emb.time_proj))
         self.frequencies: Tensor
 
-    def forward(self, timesteps: Tensor, class_labels: Tensor) -> Tensor:
+    def own(self, timesteps: Tensor, class_labels: Tensor) -> Tensor:
         """(T,) float32 and (U,) int64 -> features (T, U, F)."""
         sinusoid = self._sinusoid(timesteps)
         parts = []
@@ -109,7 +109,9 @@ class DiTAdapter:
         names = [(f"blocks.{i}.attn", f"blocks.{i}.mlp") for i in range(config.num_layers)]
         self.slots = tuple(name for pair in names for name in pair)
         self.temporal: Temporal = TemporalFeatures(model).eval().requires_grad_(False)
-        denoiser = Denoiser(model).eval().requires_grad_(False)
+        approximate = ACTIVATIONS[config.activation_fn]
+        blocks = [Block(b, (b.norm1.norm, b.norm3), approximate) for b in model.transformer_blocks]
+        denoiser = Denoiser(model, blocks, model.proj_out_2).eval().requires_grad_(False)
         self.denoiser: nn.Module = denoiser
         self.steps: dict[str, nn.Module] = {"full": denoiser}
         self.steps |= {name: make(denoiser).eval() for name, make in STEPS.items()}

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from diffusers import DiTTransformer2DModel
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -38,12 +38,14 @@ class Slot(NamedTuple):
 
 
 class Block(nn.Module):
-    """One transformer block without its TIB: two norms and two slots."""
+    """One transformer block without its TIB: two norms and two slots, which are its modules."""
 
-    def __init__(self, block: Any, approximate: str) -> None:
-        """Share the parameters of a diffusers block."""
+    SLOTS: tuple[str, ...] = ("attn", "mlp")
+
+    def __init__(self, block: Any, norms: tuple[nn.Module, nn.Module], approximate: str) -> None:
+        """Share the parameters of a diffusers block, of which `norms` are those of the slots."""
         super().__init__()
-        self.norm1, self.norm2 = block.norm1.norm, block.norm3
+        self.norm1, self.norm2 = norms
         self.attn = Attention(block.attn1)
         self.mlp = Mlp(block.ff, approximate)
 
@@ -52,11 +54,11 @@ class Block(nn.Module):
         return self.slots(h, features)[0]
 
     def slots(self, h: Tensor, features: Tensor) -> tuple[Tensor, list[Slot]]:
-        """The same, with what both slots take and give."""
+        """The same, with what its slots take and give."""
         found = []
-        for j, module in enumerate((self.attn, self.mlp)):
+        for j in range(len(self.SLOTS)):
             a, gate = self.enter(j, h, features)
-            found.append(Slot(a, module(a)))
+            found.append(Slot(a, self.compute(j, a, features)))
             h = h + gate * found[-1].y
         return h, found
 
@@ -66,14 +68,20 @@ class Block(nn.Module):
         shift, scale, gate = features.chunk(6, dim=-1)[3 * slot : 3 * slot + 3]
         return norm(h) * (1 + scale[:, None]) + shift[:, None], gate[:, None]
 
+    def compute(self, slot: int, a: Tensor, features: Tensor) -> Tensor:
+        """The output Y (N, S, D) of slot 0 or 1, of its input A."""
+        del features
+        found: Tensor = (self.attn, self.mlp)[slot](a)
+        return found
+
 
 class FinalLayer(nn.Module):
     """Norm, modulation, projection and un-patching."""
 
-    def __init__(self, model: DiTTransformer2DModel) -> None:
-        """Share the parameters of `model`."""
+    def __init__(self, model: Any, proj: nn.Linear) -> None:
+        """Share the parameters of a diffusers model, whose last Linear is `proj`."""
         super().__init__()
-        self.norm, self.proj = model.norm_out, model.proj_out_2
+        self.norm, self.proj = model.norm_out, proj
         self.patch, self.channels = model.config.patch_size, model.out_channels
         self.grid = model.config.sample_size // model.config.patch_size
 
@@ -89,14 +97,12 @@ class FinalLayer(nn.Module):
 class Denoiser(nn.Module):
     """A full step: every slot is computed, and what later reuse steps add to their stream."""
 
-    def __init__(self, model: DiTTransformer2DModel) -> None:
-        """Share the parameters of `model` (q, k, v are copied into one Linear)."""
+    def __init__(self, model: Any, blocks: Sequence[Block], proj: nn.Linear) -> None:
+        """Around the blocks of a diffusers model, whose last Linear is `proj`; it is shared."""
         super().__init__()
-        approximate = ACTIVATIONS[model.config.activation_fn]
         self.patch_embed = model.pos_embed
-        blocks = [Block(b, approximate) for b in model.transformer_blocks]
         self.blocks: Any = nn.ModuleList(blocks)  # typed, iterating it gives no Block
-        self.final = FinalLayer(model)
+        self.final = FinalLayer(model, proj)
         self.width = model.inner_dim
 
     def forward(
@@ -112,27 +118,30 @@ class Denoiser(nn.Module):
         *parts, last = self.rows(features)
         gates = self.gates(ahead, weights)
         h = self.patch_embed(sample)  # (N, S, D)
-        forecast = None
-        for i, (block, part) in enumerate(zip(self.blocks, parts, strict=True)):
+        forecast, remaining = None, iter(gates)
+        for block, part in zip(self.blocks, parts, strict=True):
             h, outputs = block.slots(h, part)
-            for j, slot in enumerate(outputs):
-                added = gates[2 * i + j] * slot.y
+            for slot in outputs:
+                added = next(remaining) * slot.y
                 forecast = added if forecast is None else forecast + added
         assert forecast is not None  # a model has blocks
         return self.final(h, last), forecast
 
     def rows(self, features: Tensor) -> tuple[Tensor, ...]:
-        """The features of every block, (N, 6 D), and those of the final layer, (N, 2 D)."""
+        """What every block takes of the features, and the final layer: (N, 6 D) and (N, 2 D)."""
         widths = [6 * self.width] * len(self.blocks) + [2 * self.width]
         found: tuple[Tensor, ...] = features[:, : sum(widths)].split(widths, dim=-1)
         return found
 
     def gates(self, ahead: Tensor, weights: Tensor) -> tuple[Tensor, ...]:
         """The weighted gate of every slot at the steps ahead, one (R, N, 1, D) per slot."""
+        scaled = self.all_gates(ahead) * weights[:, None, :, None]
+        found: tuple[Tensor, ...] = scaled.split(1, dim=2)
+        return found
+
+    def all_gates(self, ahead: Tensor) -> Tensor:
+        """The gates of all slots, (R, N, K, D)."""
         slots = 2 * len(self.blocks)
         steps, rows, _ = ahead.shape
         triples = ahead[..., : 3 * slots * self.width]
-        gates = triples.reshape(steps, rows, slots, 3, self.width)[..., 2, :]
-        scaled = gates * weights[:, None, :, None]
-        found: tuple[Tensor, ...] = scaled.split(1, dim=2)
-        return found
+        return triples.reshape(steps, rows, slots, 3, self.width)[..., 2, :]

@@ -6,6 +6,7 @@ says how a trajectory is put together from them.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -176,9 +177,10 @@ class Relate(_Step):
         """
         *parts, last = self.rows(features)
         h, increments = self.patch_embed(sample), _expected(y, factors) - y[0]
-        for i, (block, part) in enumerate(zip(self.blocks, parts, strict=True)):
-            for j in range(2):
-                k = 2 * i + j
+        slots = itertools.count()
+        for block, part in zip(self.blocks, parts, strict=True):
+            for j in range(len(block.SLOTS)):
+                k = next(slots)
                 now, gate = block.enter(j, h, part)
                 h = h + gate * estimate(y[0, k], increments[k], slope[k], now - a[k])
         output: Tensor = self.final(h, last)
@@ -214,9 +216,9 @@ class Partial(_Step):
         *parts, last = self.rows(features)
         h, kept = self.patch_embed(sample), list[Tensor]()
         for block, part in zip(self.blocks, parts, strict=True):
-            for j, module in enumerate((block.attn, block.mlp)):
+            for j in range(len(block.SLOTS)):
                 a, gate = block.enter(j, h, part)
-                kept.append(choose(len(kept), module(a)))
+                kept.append(choose(len(kept), block.compute(j, a, part)))
                 h = h + gate * kept[-1]
         return self.final(h, last), *kept
 

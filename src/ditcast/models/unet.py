@@ -75,7 +75,7 @@ class TemporalFeatures(Temporal):
         self.frequencies: Tensor
         self.cosine_first = model.time_proj.flip_sin_to_cos
 
-    def forward(self, timesteps: Tensor, class_labels: Tensor) -> Tensor:
+    def own(self, timesteps: Tensor, class_labels: Tensor) -> Tensor:
         """(T,) float32 and (U,) int64 -> features (T, U, F); equal for all U without classes."""
         condition = self._time(timesteps)[:, None]
         if self.label is not None:
