@@ -178,7 +178,7 @@ def _decompose(graph: gs.Graph, attention: gs.Node) -> None:
         graph.nodes.append(node)
         return found
 
-    parts = []
+    parts, masks = [], attention.inputs[3:]
     for part, tensor in zip(("query", "key", "value"), attention.inputs, strict=False):
         half = op("Cast", f"{part}/Cast", [tensor], to=HALF)
         perm = [0, 2, 3, 1] if part == "key" else [0, 2, 1, 3]
@@ -189,6 +189,8 @@ def _decompose(graph: gs.Graph, attention: gs.Node) -> None:
     # The root of the usual factor on both sides: their product cannot overflow before it.
     query, key = (op("Mul", f"{i}/Mul", [tensor, scale]) for i, tensor in enumerate(parts[:2]))
     scores = op("MatMul", "scores/MatMul", [query, key])
+    for mask in masks:  # 0 and -10000, which half precision has
+        scores = op("Add", "scores/Add", [scores, op("Cast", "mask/Cast", [mask], to=HALF)])
     shares = op("Softmax", "Softmax", [scores], axis=-1)
     mixed = op("MatMul", "mixed/MatMul", [shares, parts[2]])
     rows = op("Transpose", "Transpose", [mixed], perm=[0, 2, 1, 3])

@@ -18,9 +18,17 @@ IR_VERSION = 11  # the oldest that may hold this opset
 INLINE_BYTES = 1024  # smaller tensors stay in the graph, where shape inference reads them
 
 
-def _attention(query: Any, key: Any, value: Any, heads: int) -> Any:
+def _attention(query: Any, key: Any, value: Any, heads: int, bias: Any = None) -> Any:
     """One fused operator: it needs no transposes, and no scores in memory."""
-    return op.Attention(query, key, value, q_num_heads=heads, kv_num_heads=heads)[0]
+    mask = None
+    if bias is not None:  # as long as the query: ONNX Runtime does not broadcast that axis
+        mask = op.Expand(op.Unsqueeze(bias, _ints(1, 2)), _ints(1, 1, int(query.shape[1]), 1))
+    return op.Attention(query, key, value, mask, q_num_heads=heads, kv_num_heads=heads)[0]
+
+
+def _ints(*values: int) -> Any:
+    """A constant of int64."""
+    return op.Constant(value_ints=list(values))
 
 
 def _convolution(
@@ -55,17 +63,14 @@ def _patch_embedding(x: Any, weight: Any, bias: Any) -> Any:
     outer, _, p, q = (int(size) for size in weight.shape)
     rows, columns = height // p, width // q
 
-    def shape(*sizes: int) -> Any:
-        return op.Constant(value_ints=list(sizes))
-
-    patches = op.Reshape(x, shape(-1, channels, rows, p, columns, q))
+    patches = op.Reshape(x, _ints(-1, channels, rows, p, columns, q))
     patches = op.Transpose(patches, perm=[0, 2, 4, 1, 3, 5])
-    patches = op.Reshape(patches, shape(-1, rows * columns, channels * p * q))
-    flat = op.Transpose(op.Reshape(weight, shape(outer, channels * p * q)), perm=[1, 0])
+    patches = op.Reshape(patches, _ints(-1, rows * columns, channels * p * q))
+    flat = op.Transpose(op.Reshape(weight, _ints(outer, channels * p * q)), perm=[1, 0])
     embedded = op.MatMul(patches, flat)
     if bias is not None:
         embedded = op.Add(embedded, bias)
-    return op.Reshape(op.Transpose(embedded, perm=[0, 2, 1]), shape(-1, outer, rows, columns))
+    return op.Reshape(op.Transpose(embedded, perm=[0, 2, 1]), _ints(-1, outer, rows, columns))
 
 
 _TRANSLATIONS: dict[Any, Any] = {
