@@ -11,13 +11,15 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DiTTransformer2DModel
+from diffusers import DiTTransformer2DModel, PixArtTransformer2DModel
 from safetensors.torch import load_file, save_file
 
 from ditcast.errors import ConfigError, DitcastError, UnsupportedError
 from ditcast.models import load, source
 from ditcast.models.base import count
+from ditcast.models.captions import Captions
 from ditcast.models.dit import DiTAdapter
+from ditcast.models.pixart import PixArtAdapter
 from tests.bundles import Bomb
 from tests.conftest import CLASSES, TINY
 
@@ -107,9 +109,9 @@ CASES: dict[str, tuple[Damage, type[DitcastError], str]] = {
         "holds list, expected a JSON object",
     ),
     "another architecture": (
-        set_config(_class_name="PixArtTransformer2DModel"),
+        set_config(_class_name="SD3Transformer2DModel"),
         UnsupportedError,
-        "holds a PixArtTransformer2DModel in transformer/; supported: DiTTransformer2DModel",
+        "holds a SD3Transformer2DModel in transformer/; supported: DiTTransformer2DModel",
     ),
     "a pipeline with a U-Net": (
         lambda folder: (
@@ -187,7 +189,7 @@ def test_a_bad_directory_says_what_is_wrong(
     [
         (
             "no/such/place",
-            r"'no/such/place' is neither 'emoji', 'random:SHAPE' \(dit-s-2, dit-xl-2\)",
+            r"'no/such/place' is neither 'emoji', 'random:SHAPE' \(dit-s-2, dit-xl-2, pixart",
         ),
         (
             "random:dit-xxl-9",
@@ -256,3 +258,14 @@ def test_random_shapes_are_the_published_ones(
     tib: Any = adapter.temporal
     found = count(adapter.denoiser, tib.modulation, tib.final, tib.time[0], tib.label[0])
     assert found + position_embedding == published
+
+
+def test_the_random_pixart_is_the_published_one() -> None:
+    """611 M parameters (PixArt-alpha: 0.6 B), each of them the diffusers model's."""
+    config = dict(source.RANDOM["pixart-xl-2"])
+    assert config.pop("_class_name") == PixArtAdapter.architecture
+    with torch.device("meta"):
+        model = PixArtTransformer2DModel(**config)
+        table = Captions(torch.zeros(2, 3, 4096), torch.ones(2, 3, dtype=torch.bool))
+        adapter = PixArtAdapter(model, captions=table)
+    assert count(adapter.temporal, adapter.denoiser) == count(model) == 610_856_096

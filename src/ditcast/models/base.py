@@ -155,6 +155,7 @@ class Adapter(Protocol):
     """
 
     architecture: str
+    captioned: bool  # whether its labels are captions, of a file beside the model
     sample_shape: tuple[int, int, int]
     output_channels: int
     num_classes: int

@@ -85,6 +85,7 @@ class DiTAdapter:
     """`Adapter` for `DiTTransformer2DModel`."""
 
     architecture = "DiTTransformer2DModel"
+    captioned = False
 
     @staticmethod
     def check(config: Mapping[str, Any]) -> None:

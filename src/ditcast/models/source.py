@@ -10,18 +10,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiTTransformer2DModel, UNet2DModel
+from diffusers import DiTTransformer2DModel, PixArtTransformer2DModel, UNet2DModel
 
 from ditcast.errors import ConfigError, UnsupportedError
 from ditcast.manifest import hash_file
 from ditcast.models.base import LoadedModel
+from ditcast.models.captions import CAPTIONS, random_captions, read_captions
 from ditcast.models.dit import DiTAdapter
+from ditcast.models.pixart import PixArtAdapter
 from ditcast.models.unet import UNetAdapter
 
 # One line per model family: diffusers class name -> (its class, its adapter). An adapter is made of
-# a model and the number of names in `classes.json`, None without it.
+# a model and the number of names in `classes.json`, None without it; one that is `captioned` of the
+# model's captions too.
 ADAPTERS: dict[str, tuple[Any, Any]] = {
     DiTAdapter.architecture: (DiTTransformer2DModel, DiTAdapter),
+    PixArtAdapter.architecture: (PixArtTransformer2DModel, PixArtAdapter),
     UNetAdapter.architecture: (UNet2DModel, UNetAdapter),
 }
 FOLDERS = ("transformer", "unet")  # of a pipeline's directory, where its denoiser may lie
@@ -31,7 +35,12 @@ _DIT = {"in_channels": 4, "out_channels": 8, "sample_size": 32, "patch_size": 2}
 RANDOM: dict[str, dict[str, Any]] = {
     "dit-s-2": _DIT | {"num_layers": 12, "num_attention_heads": 6, "attention_head_dim": 64},
     "dit-xl-2": _DIT | {"num_layers": 28, "num_attention_heads": 16, "attention_head_dim": 72},
+    "pixart-xl-2": _DIT
+    | {"_class_name": PixArtAdapter.architecture, "caption_channels": 4096, "num_layers": 28}
+    | {"num_attention_heads": 16, "attention_head_dim": 72, "cross_attention_dim": 1152}
+    | {"interpolation_scale": 0.5, "use_additional_conditions": False},
 }
+RANDOM_CAPTIONS = (9, 120)  # captions with the null one, and tokens, of such a shape
 RANDOM_SCHEDULER = {"_class_name": "DDIMScheduler", "clip_sample": False}
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
@@ -65,11 +74,16 @@ def _random(model: str) -> LoadedModel:
         )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(RANDOM_SEED)
-        adapter = DiTAdapter(DiTTransformer2DModel(**RANDOM[shape]))
+        config = dict(RANDOM[shape])
+        family, adapter = ADAPTERS[config.pop("_class_name", DiTAdapter.architecture)]
+        more = {}
+        if adapter.captioned:
+            more["captions"] = random_captions(*RANDOM_CAPTIONS, config["caption_channels"])
+        made = adapter(family(**config), **more)
     origin = f"{model}|{RANDOM_SEED}|torch {torch.__version__}"
     return LoadedModel(
         source=model,
-        adapter=adapter,
+        adapter=made,
         scheduler=RANDOM_SCHEDULER,
         classes=(),
         fingerprint=hashlib.sha256(origin.encode()).hexdigest(),
@@ -98,13 +112,17 @@ def _from_directory(source: str, folder: Path) -> LoadedModel:
             f"model: {denoiser} has {found} where *.safetensors belongs; "
             "save the model with save_pretrained(..., safe_serialization=True)"
         )
-    classes = _class_names(folder)
+    classes, more, files = _class_names(folder), {}, [denoiser / "config.json", *weights]
+    if adapter.captioned:
+        files.append(folder / CAPTIONS)
+        more["captions"] = read_captions(files[-1], config["caption_channels"])
+    named = None if classes is None else len(classes)
     return LoadedModel(
         source=source,
-        adapter=adapter(_load_weights(family, denoiser), None if classes is None else len(classes)),
+        adapter=adapter(_load_weights(family, denoiser), named, **more),
         scheduler=scheduler,
         classes=classes or (),
-        fingerprint=_fingerprint([denoiser / "config.json", *weights]),
+        fingerprint=_fingerprint(files),
     )
 
 

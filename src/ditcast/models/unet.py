@@ -161,6 +161,7 @@ class UNetAdapter:
     """
 
     architecture = "UNet2DModel"
+    captioned = False
 
     @staticmethod
     def check(config: Mapping[str, Any]) -> None:
