@@ -26,7 +26,7 @@ BYTES = {8: 1, 6: 1, 16: 2}  # of a code
 
 
 def check_store(model: LoadedModel, recipe: Recipe) -> list[int]:
-    """The labels whose features are stored, null last if there is one.
+    """The labels whose features are stored, or equal to those, null last if there is one.
 
     Raises:
         ConfigError: a label that the model has not, or a store larger than the TIB in float,
@@ -37,24 +37,33 @@ def check_store(model: LoadedModel, recipe: Recipe) -> list[int]:
     for label in recipe.labels:
         if not 0 <= label < classes:
             raise ConfigError(f"labels: got {label}, expected 0 to {classes - 1}")
-    labels = with_null(sorted(set(recipe.labels or range(classes))), adapter.null_label)
-    nulls = 0 if adapter.null_label is None else 1
+    by_label, asked = adapter.temporal.by_label, recipe.labels or range(classes)
+    labels = with_null(sorted(set(asked if by_label else range(classes))), adapter.null_label)
+    sets = len(_stored(adapter, labels))
+    nulls = 1 if adapter.null_label is not None and by_label else 0
     each = recipe.steps * adapter.parts[-1].columns.stop * BYTES[recipe.feature_bits()]
     limit, null_counts = 4 * count(adapter.temporal), " (null is one)" * nulls
-    if each * len(labels) > limit:
+    if adapter.temporal.shared is not None:
+        limit -= 4 * count(adapter.temporal.shared)  # which stays
+    if each * sets > limit:
         raise ConfigError(
-            f"labels: the features of {recipe.steps} steps and {len(labels)} labels{null_counts} "
-            f"take {each * len(labels) / 2**20:.1f} MiB, expected at most the "
+            f"labels: the features of {recipe.steps} steps and {sets} labels{null_counts} "
+            f"take {each * sets / 2**20:.1f} MiB, expected at most the "
             f"{limit / 2**20:.1f} MiB of the modules that make them; store at most "
             f"{max(limit // each - nulls, 0)} labels with --labels, or use --temporal tib"
         )
     return labels
 
 
+def _stored(adapter: Adapter, labels: list[int]) -> list[int]:
+    """Those of the labels that have features of their own."""
+    return labels if adapter.temporal.by_label else labels[:1]
+
+
 @torch.no_grad()
 def store(adapter: Adapter, timesteps: Tensor, labels: list[int], bits: int) -> StoredFeatures:
     """The codes of the parts' own features (T, L, ...), each vector with its own best scale."""
-    held = torch.tensor(labels)
+    held = torch.tensor(_stored(adapter, labels))
     kind = torch.int16 if bits == 16 else torch.int8
     codes, scales, zeros = [], [], []
     for t in timesteps:

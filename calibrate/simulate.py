@@ -60,18 +60,21 @@ class StoredModule(nn.Module):
     """Cache-based maintenance: the parts' own features of stored timesteps and labels, from codes.
 
     A timestep or label that is not stored makes the index run over its end, an error in torch
-    and in every runtime, never another one's features.
+    and in every runtime, never another one's features. Without `by_label` one label's are those of
+    all.
     """
 
-    def __init__(self, stored: StoredFeatures, vector_of: Tensor) -> None:
+    def __init__(self, stored: StoredFeatures, vector_of: Tensor, *, by_label: bool) -> None:
         """`vector_of` is the vector that each of these features belongs to."""
         super().__init__()
-        self.stored, self.vector_of = stored, vector_of
+        self.stored, self.vector_of, self.by_label = stored, vector_of, by_label
 
     def forward(self, timesteps: Tensor, class_labels: Tensor) -> Tensor:
         """(T,) and (U,) -> (T, U, ...)."""
         held = self.stored
-        step, label = _position(held.timesteps, timesteps), _position(held.labels, class_labels)
+        step, label = _position(held.timesteps, timesteps), torch.zeros_like(class_labels)
+        if self.by_label:
+            label = _position(held.labels, class_labels)
 
         def take(values: Tensor) -> Tensor:
             return values.index_select(0, step).index_select(1, label)
@@ -107,7 +110,9 @@ class QuantizedFeatures(Temporal):
         self.adapter, self.steps, self.qparams = adapter, steps, qparams
         self.part_of = _owners([part.columns for part in adapter.parts])
         self.vector_of = _owners(vector_slices(adapter.parts))
-        self.stored = StoredModule(stored, self.vector_of) if stored is not None else None
+        self.by_label, self.stored = adapter.temporal.by_label, None
+        if stored is not None:
+            self.stored = StoredModule(stored, self.vector_of, by_label=self.by_label)
         if stored is None or stored.module is not None:
             self.temporal: Temporal = adapter.temporal
         self.factors = _Factors(adapter, qparams, steps)

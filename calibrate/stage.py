@@ -58,7 +58,7 @@ def _quantize(bundle: Bundle, model: LoadedModel) -> None:
     with torch.no_grad():
         found = _Calibration(bundle, model, chosen).run()
     qparams.save(found, bundle.staged(SCALES))
-    adapter, stored = model.adapter, found.stored
+    adapter = model.adapter
     layers = adapter.layers() | adapter.temporal_linears()
     positions = adapter.positions()
     quantization = Quantization(
@@ -75,7 +75,7 @@ def _quantize(bundle: Bundle, model: LoadedModel) -> None:
             for name in found.layers
         ),
         labels=tuple(draw_labels(recipe, adapter.num_classes)),
-        stored=None if stored is None else tuple(stored.labels.tolist()),
+        stored=None if found.stored is None else tuple(features.check_store(model, recipe)),
     )
     bundle.commit({"quantization": quantization}, replaces="calibration/")
     bundle.clear("calibration")

@@ -120,8 +120,11 @@ class Modulated(NamedTuple):
 class Temporal(nn.Module):
     """What gives the temporal features: (timesteps [T] float32, class_labels [U]) -> [T,U,F].
 
-    `shared` gives those that parts share and no timestep moves: class_labels [U] -> [U,...].
+    `shared` gives those that parts share and no timestep moves: class_labels [U] -> [U,...]. Where
+    the parts' own features are not `by_label`, they are equal for all labels.
     """
+
+    by_label = True
 
     def __init__(self, shared: nn.Module | None = None) -> None:
         """`shared` is None where every feature is some part's own."""

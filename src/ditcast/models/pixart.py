@@ -52,6 +52,8 @@ class TemporalFeatures(Temporal):
     the final shift and scale; then the caption's L D tokens and its mask, L.
     """
 
+    by_label = False
+
     def __init__(self, model: PixArtTransformer2DModel, captions: CaptionFeatures) -> None:
         """Share the parameters of `model`; the blocks' tables are copied into one."""
         super().__init__(captions)
