@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from diffusers import DPMSolverMultistepScheduler
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -14,7 +16,10 @@ from ditcast.errors import ConfigError
 from ditcast.models import load, source
 from ditcast.models.captions import CAPTIONS, read_captions
 from ditcast.models.pixart import PixArtAdapter
-from tests.pixarts import CHANNELS, PROMPTS, TINY, TOKENS, captions, save
+from ditcast.schedule import from_config
+from tests.pixarts import CHANNELS, PROMPTS, TINY, TOKENS, captions, save, untrained
+from tests.test_docs import blocks
+from tests.test_docs_run import GUIDE
 
 Tensors = dict[str, Tensor]
 SHAPE = (PROMPTS + 1, TOKENS)
@@ -116,6 +121,35 @@ def test_a_directory(tmp_path: Path) -> None:
     match = rf"has no captions.safetensors; expected embeds \(K \+ 1, L, {CHANNELS}\) and mask \("
     with pytest.raises(ConfigError, match=match):
         load(str(folder))
+
+
+class _Pipe:
+    """What a diffusers pipeline with a text encoder has of what the guide's function asks for."""
+
+    def __init__(self) -> None:
+        self.transformer = untrained(num_layers=1)
+        self.scheduler = DPMSolverMultistepScheduler()
+
+    def encode_prompt(self, prompt: list[str], negative_prompt: str) -> tuple[Tensor, ...]:
+        """Embeddings in half precision and integer masks, of each prompt one and one null."""
+        assert (len(prompt), negative_prompt) == (PROMPTS, "")
+        embeds, mask = captions()
+        found = [embeds[:-1], mask[:-1], *(t[-1:].repeat(4, *[1] * t[0].dim()) for t in captions())]
+        return tuple(t.half() if t.is_floating_point() else t.long() for t in found)
+
+
+def test_the_function_of_the_guide(tmp_path: Path) -> None:
+    """It writes a directory that is taken, from what a pipeline gives."""
+    shown: dict[str, Any] = {}
+    exec(next(t for t in blocks(GUIDE, "python") if "save_for_ditcast" in t), shown)
+    prompts = [f"a photo, {i}" for i in range(PROMPTS)]
+    shown["save_for_ditcast"](_Pipe(), prompts, tmp_path / "m")
+    model = load(str(tmp_path / "m"))
+    assert model.classes == tuple(prompts)
+    assert from_config(model.scheduler).clip is None
+    table = read_captions(tmp_path / "m" / CAPTIONS, CHANNELS)
+    assert torch.equal(table.mask, captions().mask)
+    torch.testing.assert_close(table.embeds, captions().embeds, rtol=1e-3, atol=1e-3)
 
 
 def test_random_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
