@@ -33,7 +33,7 @@ lint: $(VENV)/test.stamp
 	$(BIN)/python tools/size_budget.py
 
 $(VENV)/demo.stamp: EXTRAS := compile,openvino,report
-$(VENV)/test.stamp: EXTRAS := compile,openvino,report,tensorrt-rtx,tune,dev
+$(VENV)/test.stamp: EXTRAS := compile,distances,openvino,report,tensorrt-rtx,tune,dev
 $(VENV)/demo.stamp $(VENV)/test.stamp: $(VENV)/venv.stamp pyproject.toml constraints.txt
 	@echo "installing ditcast[$(EXTRAS)] into $(VENV) (some minutes the first time)"
 	@$(INSTALL) -e '.[$(EXTRAS)]'

@@ -19,7 +19,7 @@ from ditcast.bundle import Bundle
 from ditcast.progress import counting, tell
 from ditcast.runtime import fidelity, images, machine
 from ditcast.runtime.choice import open_backend
-from ditcast.runtime.fidelity import spread
+from ditcast.runtime.fidelity import DISTANCES, Distances, spread
 from ditcast.runtime.pipeline import Pipeline, Step
 from ditcast.runtime.steps import describe
 from ditcast.schedule import SPACINGS
@@ -102,25 +102,25 @@ def bench(
     count: int = 128,
     steps: int | None = None,
     seed: int = 1,
+    distances: Distances | None = None,
 ) -> dict[str, Any]:
     """Measure full precision, quantized, cached, both, and fewer full-precision steps.
 
-    `count` images in batches of the recipe's size, classes in turn. Returns the report as plain
-    values (units are in their names); the samples that the page shows are under `"shown"` as
-    `(n, C, H, W)` arrays by variant.
+    `count` images in batches of the recipe's size, classes in turn; `distances`, opened for as
+    many, compares them as whole sets. Returns the report as plain values (units are in their
+    names); the samples that the page shows are under `"shown"` as `(n, C, H, W)` arrays by variant.
 
     Raises:
         DitcastError: as `Pipeline` and `Pipeline.sample`.
     """
-    recipe, model = bundle.manifest.recipe, bundle.manifest.model
+    recipe = bundle.manifest.recipe
     settings = settings or Settings()
     steps = recipe.steps if steps is None else steps
     variants = _variants(bundle, backend, settings, steps)
     batches = _batches(bundle, count)
     for variant in variants:
         variant.warm_up(batches[0], recipe.guidance)
-    random_weights = model.source.startswith("random:")
-    if len(variants) > 1 and not random_weights:  # random weights make no image to compare
+    if len(variants) > 1 and not has_random_weights(bundle):  # these make no image to compare
         variants.append(_fewer_steps(variants, batches[0], recipe.guidance, seed))
     with counting("measuring", len(batches) * len(variants)) as advance:
         for i, batch in enumerate(batches):
@@ -128,17 +128,14 @@ def bench(
                 variant.run(batch, seed, i * recipe.batch, recipe.guidance)
                 advance()
     rows = [_row(variant, variants[0], bundle, settings) for variant in variants]
+    sets = [np.concatenate(variant.samples) for variant in variants]
+    labels = [label for batch in batches for label in batch]
+    for row, found in zip(rows, fidelity.judged(sets, labels, distances), strict=True):
+        row |= found
     return {
         "machine": machine.describe(),
         "backend": variants[0].pipeline.backend.facts(),
-        "bundle": {
-            "model": model.source,
-            "fingerprint": model.fingerprint,
-            "digest": bundle.manifest.digest,
-            "content": bundle.content(row["target"] for row in rows),
-            "recipe": recipe.model_dump(mode="json"),
-            "random_weights": random_weights,
-        },
+        "bundle": _described(bundle, {row["target"] for row in rows}),
         "request": {
             "images": count,
             "batch": min(recipe.batch, count),
@@ -147,12 +144,31 @@ def bench(
             "seed": seed,
         },
         "variants": rows,
+        "distances": None if distances is None else distances.describe(),
         "interaction": _interaction(variants),
         "steps": _steps(variants, steps),
         "pictures": _pictures(variants),
         "cost": {},
-        "unpaired_psnr_db": fidelity.unpaired(np.concatenate(variants[0].samples)),
-        "shown": {variant.name: np.concatenate(variant.samples)[:SHOWN] for variant in variants},
+        "unpaired_psnr_db": fidelity.unpaired(sets[0]),
+        "shown": {v.name: samples[:SHOWN] for v, samples in zip(variants, sets, strict=True)},
+    }
+
+
+def has_random_weights(bundle: Bundle) -> bool:
+    """Whether the model was never trained, so that fidelity means nothing."""
+    return bundle.manifest.model.source.startswith("random:")
+
+
+def _described(bundle: Bundle, targets: set[str]) -> dict[str, Any]:
+    """Which bundle was measured, and which of its graphs."""
+    model = bundle.manifest.model
+    return {
+        "model": model.source,
+        "fingerprint": model.fingerprint,
+        "digest": bundle.manifest.digest,
+        "content": bundle.content(targets),
+        "recipe": bundle.manifest.recipe.model_dump(mode="json"),
+        "random_weights": has_random_weights(bundle),
     }
 
 
@@ -318,6 +334,21 @@ def summary(report: dict[str, Any]) -> list[list[str]]:
     return rows
 
 
+def distance_summary(report: dict[str, Any]) -> list[list[str]]:
+    """Distances as a table: a header and one row of cells per variant; empty if not measured."""
+    if report["distances"] is None:
+        return []
+    rows = [["variant", *DISTANCES]]
+    for row in report["variants"]:
+        cells = ["(reference)" if row[key] is None else _interval(row[key]) for key in DISTANCES]
+        rows.append([row["name"], *cells])
+    return rows
+
+
+def _interval(found: dict[str, float]) -> str:
+    return "{value:.4g}\n({low:.4g} to {high:.4g})".format(**found)
+
+
 def _median(found: dict[str, float] | None, form: str) -> str:
     return "-" if found is None else form.format(found["p50"])
 
@@ -330,3 +361,9 @@ def announce(report: dict[str, Any]) -> None:
         f"guidance {request['guidance']}, {backend['threads']} threads, "
         f"{report['machine']['cpu']}, integer kernels {backend['integer_mode']}; medians"
     )
+    basis = report["distances"]
+    if basis is not None:
+        tell(
+            f"distances (no FID): {basis['pictures_per_side']} pictures per side, "
+            f"{basis['pca_dimensions']} dimensions of PCA, {basis['extractor']}"
+        )

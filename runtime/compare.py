@@ -11,12 +11,13 @@ from ditcast.bundle import Bundle
 from ditcast.errors import ConfigError
 from ditcast.runtime import kept, page
 from ditcast.runtime.charts import COLOURS
+from ditcast.runtime.fidelity import BASIS
 from ditcast.runtime.images import Pixels
 from ditcast.runtime.report import read_pictures
 from ditcast.runtime.sections import plain
 from ditcast.runtime.verdict import Row, count, gains
 
-SECTIONS = ("request", "backend", "machine")
+SECTIONS = ("request", "distances", "backend", "machine")
 CONDITIONS = {  # keys of the request that decide which images fidelity is over
     "steps": "numbers of steps",
     "guidance": "guidance scales",
@@ -121,6 +122,12 @@ def _figures(entry: Entry) -> str:
 def notes(entries: Sequence[Entry]) -> list[str]:
     """What makes these reports hard to compare."""
     found = notes_of_fidelity(entries)
+    bases = [entry.figures["distances"] for entry in entries if entry.figures["distances"]]
+    if any(basis[key] != bases[0][key] for basis in bases for key in BASIS):
+        found.append(
+            "The distances stand on other real pictures, dimensions or another extractor in each "
+            "report: they do not compare."
+        )
     if not _same(entries, "machine", "cpu") or not _same(entries, "backend"):
         found.append(
             "Processors or backends differ: compare speed-ups, each of which is against full "
@@ -152,7 +159,7 @@ def differences(entries: Sequence[Entry]) -> dict[str, list[str]]:
         figures = entry.figures
         table = {f"recipe: {key}": value for key, value in figures["bundle"]["recipe"].items()}
         for section in SECTIONS:
-            table |= {f"{section}: {key}": value for key, value in figures[section].items()}
+            table |= {f"{section}: {key}": value for key, value in (figures[section] or {}).items()}
         made = {k: v for k, v in figures["bundle"].items() if k not in ("recipe", *UNIQUE)}
         table |= {f"bundle: {key}": value for key, value in made.items()}
         tables.append({key.replace("_", " "): plain(value) for key, value in table.items()})

@@ -6,7 +6,8 @@ measured too, each relative to the pair's, and pictures that are plainly broken 
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,9 +17,28 @@ from ditcast.runtime import images
 FLAT = 0.2  # a picture with less of its pair's contrast is flat: black, white or grey
 BLURRED, NOISY = 0.5, 2.0  # detail relative to the pair's, below and above
 TINY = 1e-4  # contrast and detail that no 8-bit picture shows
+DISTANCES = ("fd_to_fp", "kd_to_fp", "fd_to_real", "kd_to_real")
+BASIS = ("extractor", "pca_dimensions", "real_sha256")  # of distances that can be compared
 
 Samples = NDArray[np.float32]
 Figures = NDArray[np.float64]
+Intervals = dict[str, dict[str, float]]  # of each distance: value, low, high
+
+
+class Distances(Protocol):
+    """What measures sets of pictures: `ditcast.distances.Distances`, which needs torch."""
+
+    def describe(self) -> dict[str, Any]:
+        """What the figures stand on, as plain values; it has the keys of `BASIS`."""
+
+    def features(self, images: Samples) -> Any:
+        """What the other methods compare, of images (n, 3, H, W) in [0, 1]."""
+
+    def judge(self, made: Any, full: Any, labels: Sequence[int]) -> Intervals:
+        """All of `DISTANCES`, of the features of a set and of its pairs in full precision."""
+
+    def to_real(self, made: Any, labels: Sequence[int]) -> Intervals:
+        """Those to real pictures alone."""
 
 
 def figures(made: Samples, wanted: Samples) -> dict[str, Any]:
@@ -39,6 +59,20 @@ def figures(made: Samples, wanted: Samples) -> dict[str, Any]:
             "noisy": int((~flat & (detail > NOISY)).sum()),
         },
     }
+
+
+def judged(
+    sets: Sequence[Samples], labels: Sequence[int], distances: Distances | None
+) -> list[dict[str, Any]]:
+    """All of `DISTANCES` of sets of samples (n, 3, H, W), of which the first is full precision's.
+
+    None where they are not measured: without `distances`, and from full precision to itself.
+    """
+    if distances is None:
+        return [dict.fromkeys(DISTANCES) for _ in sets]
+    full, *made = (distances.features(images.to_unit(samples)) for samples in sets)
+    found = [dict.fromkeys(DISTANCES) | distances.to_real(full, labels)]
+    return found + [distances.judge(features, full, labels) for features in made]
 
 
 def unpaired(wanted: Samples) -> dict[str, float] | None:

@@ -10,6 +10,7 @@ from ditcast.bundle import Bundle
 from ditcast.errors import BundleError, ConfigError
 from ditcast.runtime import kept
 from ditcast.runtime.audit import GOLDEN_LIMIT_DB
+from ditcast.runtime.fidelity import BASIS
 from ditcast.runtime.verdict import Row, count, gains
 
 FAULTS = ("stale", "float", "idle-cache", "slower", "pictures")  # fail without being asked for
@@ -182,7 +183,7 @@ def _limited(best: Row, limits: Limits) -> Iterator[Check]:
             yield Check(name, got >= least, line)
     if limits.max_fd_to_fp is not None:
         got, most = _figure(best, "fd_to_fp", "value"), limits.max_fd_to_fp
-        line = f"fd_to_fp {of} is {got:.3f}, expected at most {most:.3f}"
+        line = f"fd_to_fp {of} is {got:.4g}, expected at most {most:.4g}"
         yield Check("fd_to_fp", got <= most, line)
 
 
@@ -221,6 +222,26 @@ def _against(found: Values, baseline: Values, limits: Limits) -> Iterator[Check]
         f"{theirs['size_bytes']:,}: expected at most {most:,.0f}"
     )
     yield Check("size against the baseline", got <= most, line)
+    if baseline["distances"] is not None:
+        yield _distance_against(found, baseline)
+
+
+def _distance_against(found: Values, baseline: Values) -> Check:
+    """No farther from full precision than the interval of the baseline reaches."""
+    ours, theirs = (gains(figures["variants"])[-1] for figures in (found, baseline))
+    got = _figure(ours, "fd_to_fp", "value")
+    value, most = (_figure(theirs, "fd_to_fp", part) for part in ("value", "high"))
+    for key in BASIS:
+        if found["distances"][key] != baseline["distances"][key]:
+            raise ConfigError(
+                f"against: the distances stand on {key} {found['distances'][key]}, those of the "
+                f"baseline on {baseline['distances'][key]}; measure both with the same --real"
+            )
+    line = (
+        f"fd_to_fp of {ours['name']} is {got:.4g}, the baseline's is {value:.4g}: expected at most "
+        f"{most:.4g}, the upper end of its interval"
+    )
+    return Check("fd_to_fp against the baseline", got <= most, line)
 
 
 def _figure(row: Row, key: str, part: str = "p50") -> float:
@@ -234,7 +255,7 @@ def _figure(row: Row, key: str, part: str = "p50") -> float:
         return float(found[part])
     remedy = {
         "ssim": "install ditcast[report] and measure again with: ditcast bench",
-        "fd_to_fp": "ditcast bench does not measure it; gate on --min-psnr and --min-ssim",
+        "fd_to_fp": "measure it with: ditcast bench BUNDLE --real DATA.npz (extra distances)",
     }
     raise BundleError(
         f"gate: {kept.FIGURES} has no {key} of {row['name']}; "

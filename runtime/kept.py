@@ -30,6 +30,12 @@ class _Spread(_Part):
     p90: float
 
 
+class _Interval(_Part):
+    value: float
+    low: float
+    high: float
+
+
 class _Row(_Part):
     name: str
     target: str
@@ -46,6 +52,10 @@ class _Row(_Part):
     contrast: _Spread | None
     detail: _Spread | None
     broken: dict[str, int]
+    fd_to_fp: _Interval | None
+    kd_to_fp: _Interval | None
+    fd_to_real: _Interval | None
+    kd_to_real: _Interval | None
     samples: int
     size_bytes: int
     peak_memory_mib: float | None
@@ -96,6 +106,15 @@ class _Steps(_Part):
     selection: list[Annotated[str, Field(pattern="^[mc]+$")]] | None
 
 
+class _Basis(_Part):
+    extractor: str
+    pictures_per_side: int
+    pca_dimensions: int
+    interval: str
+    real: str
+    real_sha256: str
+
+
 class _Stage(_Part):
     seconds: float
     peak_memory_mib: float
@@ -107,6 +126,7 @@ class _Figures(_Part):
     bundle: _Made
     request: _Request
     variants: list[_Row]
+    distances: _Basis | None
     interaction: _Both | None
     steps: _Steps
     pictures: dict[str, int] | None

@@ -124,6 +124,7 @@ def facts(bundle: Bundle, figures: Values) -> dict[str, dict[str, str]]:
     sections = {
         "Recipe": described["recipe"],
         "Request": figures["request"],
+        "Distances": figures["distances"] or {},
         "Machine": machine,
         "Versions": figures["machine"]["versions"],
         "Backend": figures["backend"],
@@ -132,6 +133,7 @@ def facts(bundle: Bundle, figures: Values) -> dict[str, dict[str, str]]:
     return {
         title: {key.replace("_", " "): plain(value) for key, value in values.items()}
         for title, values in sections.items()
+        if values
     }
 
 
@@ -151,6 +153,8 @@ def command(bundle: Bundle, figures: Values) -> str:
     parts += ["--images", str(request["images"]), "--seed", str(request["seed"])]
     if request["steps"] != figures["bundle"]["recipe"]["steps"]:
         parts += ["--steps", str(request["steps"])]
+    if figures["distances"] is not None:
+        parts += ["--real", figures["distances"]["real"]]
     if backend["backend"] != "onnxruntime":
         parts += ["--backend", backend["backend"]]
     if backend.get("threads", figures["machine"]["cores"]) != figures["machine"]["cores"]:

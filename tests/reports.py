@@ -50,6 +50,7 @@ def row(name: str) -> dict[str, Any]:
         "contrast": spread(0.99),
         "detail": spread(1.02),
         "broken": {"flat": 0, "blurred": 0, "noisy": 0},
+        **dict.fromkeys(fidelity.DISTANCES),
         "samples": 160,
         "size_bytes": (3 if target == "reference" else 1) << 20,
         "peak_memory_mib": 234.5,
@@ -101,6 +102,7 @@ def make_report(bundle: Bundle, *names: str, shape: tuple[int, ...] = (4, 3, 8, 
         },
         "request": {"images": 160, "batch": 2, "steps": 6, "guidance": 2.0, "seed": 7},
         "variants": rows,
+        "distances": None,
         "interaction": both if {"w8a8", "cache", "w8a8 + cache"} <= set(names) else None,
         "unpaired_psnr_db": spread(8.0),
         "cost": {"calibrate": {"seconds": 93.1, "peak_memory_mib": 1024.0}},
@@ -201,6 +203,25 @@ def with_samples(
         if entry["name"] == name:
             entry |= fidelity.figures(made, wanted) | {"samples": len(made)}
     report["unpaired_psnr_db"] = fidelity.unpaired(wanted)
+    return report
+
+
+def with_distances(report: dict[str, Any], value: float = 0.51234) -> dict[str, Any]:
+    """A report with distances of all variants; fd_to_fp of the first after the reference is it."""
+    for i, entry in enumerate(report["variants"]):
+        for j, key in enumerate(fidelity.DISTANCES):
+            middle = value + 0.1 * (i - 1) + 0.01 * j
+            entry[key] = {"value": middle, "low": middle - 0.05, "high": middle + 0.06}
+    report["variants"][0] |= {"fd_to_fp": None, "kd_to_fp": None}
+    report["distances"] = {
+        "extractor": "Some Network, 7 features",
+        "pictures_per_side": 160,
+        "pca_dimensions": 16,
+        "interval": "(2.5, 97.5) percentiles of 200 bootstrap replicates",
+        "seed": 0,
+        "real": "real.npz",
+        "real_sha256": "a" * 64,
+    }
     return report
 
 

@@ -14,7 +14,9 @@ import pytest
 
 from ditcast.bundle import Bundle
 from ditcast.models import LoadedModel
+from ditcast.runtime.fidelity import DISTANCES
 from ditcast.schedule import SPACINGS
+from tests import realset
 from tests.conftest import make_bundle
 
 EIGHT, FOUR = "w8a8 absmax fp", "w4a8 absmax fp"
@@ -94,6 +96,21 @@ def test_every_point_has_speed_and_fidelity(
     assert all(f"{row['precision']}, {row['policy']}" in page for row in rows[1:])
 
 
+def test_distances_of_every_point(shared_bundle: Bundle, tmp_path: Path) -> None:
+    """With `--data`: to full precision and to real pictures, and what they stand on."""
+    real = realset.write(tmp_path / "real.npz")
+    done = run(
+        *(shared_bundle.path, "--policies", "fora", "--intervals", 3, "--images", 4),
+        *("--threads", 1, "--data", real, "--json", tmp_path / "cache.json"),
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "cache.json").read_text())
+    assert report["distances"]["real"] == "real.npz"
+    for row in report["rows"]:
+        assert all(row[key]["low"] < row[key]["high"] for key in DISTANCES[2:])
+    assert report["rows"][1]["fd_to_fp"]["value"] > report["rows"][0]["fd_to_fp"]["value"]
+
+
 def test_fewer_steps_get_their_best_spacing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whichever it is, of images of which one spacing's are those that are wanted."""
     monkeypatch.syspath_prepend(str(TOOLS))
@@ -143,7 +160,7 @@ def test_stacking_loss_is_beyond_the_larger_of_the_two(
     ("arguments", "message"),
     [
         (["--images", 2], "images: got 2, expected at least 4"),
-        (["--data", "nowhere.npz"], "data: no file nowhere.npz"),
+        (["--data", "nowhere.npz"], "held-out pictures: no file nowhere.npz"),
         (["--json", "nowhere/f.json"], "no folder nowhere; create it first"),
         (["--intervals", 9], "interval: got 9, expected at most the number of steps (6)"),
     ],

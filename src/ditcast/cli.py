@@ -46,6 +46,7 @@ from ditcast.tables import (
 if TYPE_CHECKING:
     from ditcast.models import LoadedModel
     from ditcast.runtime.audit import Audit
+    from ditcast.runtime.fidelity import Distances
 
 
 @click.group()
@@ -155,6 +156,11 @@ def export(bundle: Path, targets: tuple[str, ...]) -> None:
 @IMAGES
 @click.option("--steps", type=int, help="instead of the recipe's")
 @click.option("--seed", type=click.IntRange(0), help="[default: the recipe's and one]")
+@click.option(
+    "--real",
+    type=click.Path(path_type=Path),
+    help=".npz of held-out real pictures: adds distances between sets (extra distances)",
+)
 @QUIET
 @JSON
 def bench(
@@ -164,6 +170,7 @@ def bench(
     images: int | None,
     steps: int | None,
     seed: int | None,
+    real: Path | None,
     json_file: Path | None,
 ) -> None:
     """Measure speed, memory and fidelity against full precision, in one run."""
@@ -174,6 +181,7 @@ def bench(
         count=images,
         steps=steps,
         seed=seed,
+        real=real,
         json_file=json_file,
     )
 
@@ -273,10 +281,11 @@ def _bench(
     steps: int | None,
     seed: int | None,
     json_file: Path | None,
+    real: Path | None = None,
     cost: dict[str, Any] | None = None,
 ) -> None:
     """Measure, print the table, and put JSON, pictures and page into the bundle."""
-    from ditcast.runtime.bench import announce, bench, summary
+    from ditcast.runtime.bench import announce, bench, distance_summary, summary
     from ditcast.runtime.kept import known_cost
     from ditcast.runtime.report import write_report
 
@@ -284,14 +293,34 @@ def _bench(
     count = count or (1 if manifest.model.source.startswith("random:") else 128)
     if seed is None:  # not the noise that the scales were found on
         seed = manifest.recipe.seed + 1
-    report = bench(bundle, backend=backend, settings=settings, count=count, steps=steps, seed=seed)
+    report = bench(
+        bundle,
+        backend=backend,
+        settings=settings,
+        count=count,
+        steps=steps,
+        seed=seed,
+        distances=None if real is None else _distances(bundle, real, count),
+    )
     report["cost"] = cost or known_cost(bundle)
     announce(report)
-    show(summary(report), right=1)
+    for table in filter(None, (summary(report), distance_summary(report))):
+        show(table, right=1)
     write_json(json_file, {key: value for key, value in report.items() if key != "shown"})
     page = write_report(bundle, report)
     if page is not None:
         click.echo(f"report: {page}")
+
+
+def _distances(bundle: Bundle, real: Path, images: int) -> Distances:
+    """What compares whole sets of a bundle's images, if it makes any to compare."""
+    from ditcast.held_out import open_distances
+    from ditcast.runtime.bench import has_random_weights
+
+    if has_random_weights(bundle):
+        raise ConfigError("real: the weights are random, so distances mean nothing; leave it out")
+    model = bundle.manifest.model
+    return open_distances(real, images, model.sample_shape, model.num_classes)
 
 
 def main() -> None:

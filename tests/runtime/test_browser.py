@@ -13,7 +13,7 @@ from ditcast.runtime import kept
 from ditcast.runtime.compare import read, render
 from ditcast.runtime.report import PAGE, write_report
 from tests import bundles, reports
-from tests.reports import NAMES, audited, blurred, make_report, pictures
+from tests.reports import NAMES, audited, blurred, make_report, pictures, with_distances
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
@@ -42,7 +42,7 @@ def browser() -> Iterator[Browser]:
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A page with everything on it."""
     bundle = reports.exported(bundles.make(tmp_path_factory.mktemp("page") / "a.bundle"))
-    report = make_report(bundle, *NAMES, shape=(16, 3, 32, 32))
+    report = with_distances(make_report(bundle, *NAMES, shape=(16, 3, 32, 32)))
     good = pictures(16)
     report["shown"] = dict.fromkeys(NAMES, good) | {NAMES[3]: blurred(good)}
     kept.keep_audit(bundle, "onnxruntime", audited())
@@ -191,7 +191,7 @@ def test_the_command_can_be_copied(visit: Visit) -> None:
     page.locator("[data-copies]").click()
     page.get_by_role("button", name="Copied").wait_for()
     selected = evaluate(page, "getSelection().toString()")
-    assert selected == "ditcast bench a.bundle --images 160 --seed 7 --steps 6"
+    assert selected == "ditcast bench a.bundle --images 160 --seed 7 --steps 6 --real real.npz"
 
 
 def serious(page: Page) -> list[Any]:
@@ -236,7 +236,7 @@ def test_without_scripts(browser: Browser, written: Path) -> None:
     """Figures and pictures are there, and what needs scripts is hidden."""
     page = browser.new_page(java_script_enabled=False)
     page.goto(written.as_uri())
-    assert page.locator("table.figures").is_visible()
+    assert page.locator("table.figures").first.is_visible()
     assert page.locator(".strips img").first.is_visible()
     assert not page.locator(".viewer").is_visible()
     page.close()

@@ -12,7 +12,7 @@ from ditcast.bundle import Bundle
 from ditcast.runtime.report import write_report
 from tests import bundles, reports
 from tests.conftest import Cli
-from tests.reports import NAMES, Page, make_report, pictures, spread
+from tests.reports import NAMES, Page, make_report, pictures, spread, with_distances
 
 
 def measured(folder: Path, speedup: float, psnr: float, **request: Any) -> Bundle:
@@ -92,6 +92,27 @@ def test_what_cannot_be_compared(
     page = compared(cli, tmp_path, path, both[1])
     assert note in page.text
     assert ("is the fastest" in page.text) == (section == "machine")
+
+
+def test_distances_of_one_report_or_of_both(
+    cli: Cli, tmp_path: Path, both: tuple[Path, Path]
+) -> None:
+    """Shown where measured; another basis is a note and a difference."""
+    figures = json.loads((both[0] / "reports/bench.json").read_text())
+    paths = [tmp_path / "one.json", tmp_path / "other.json"]
+    measured_too = with_distances(figures, 0.3)
+    paths[0].write_text(json.dumps(measured_too))
+    page = compared(cli, tmp_path, paths[0], both[1])
+    assert "0.5 0.45 – 0.56" in page.text
+    assert "The distances stand on" not in page.text
+    assert "distances: real real.npz –" in page.text
+    measured_too["distances"]["real_sha256"] = "b" * 64
+    paths[1].write_text(json.dumps(measured_too))
+    page = compared(cli, tmp_path, *paths)
+    assert (
+        "The distances stand on other real pictures, dimensions or another extractor" in page.text
+    )
+    assert f"distances: real sha256 {'a' * 64} {'b' * 64}" in page.text
 
 
 def test_bundles_of_one_name_are_told_apart(cli: Cli, tmp_path: Path) -> None:

@@ -17,7 +17,17 @@ from ditcast.models import LoadedModel
 from ditcast.runtime import bench
 from tests import bundles, reports
 from tests.conftest import Cli, make_bundle
-from tests.reports import NAMES, audited, blurred, keep, make_report, pictures, spread, with_samples
+from tests.reports import (
+    NAMES,
+    audited,
+    blurred,
+    keep,
+    make_report,
+    pictures,
+    spread,
+    with_distances,
+    with_samples,
+)
 
 BEST = "w8a8 + cache"
 UNLIKE = ("no blurred pictures", "no noisy pictures")  # others have other amounts of detail
@@ -144,13 +154,14 @@ def test_a_layer_in_float(cli: Cli, made: Bundle) -> None:
         (("--min-psnr", 26.2), f"FAIL PSNR: PSNR of {BEST} (160 samples) is 26.10 dB, expected at"),
         (("--min-ssim", 0.9), "is 0.8760, expected at least 0.9000"),
         (("--min-speedup", 2.3), "is 2.270x, expected at least 2.300x"),
-        (("--max-fd-to-fp", 0.4), "fd_to_fp of w8a8 + cache (160 samples) is 0.500, expected at"),
+        (
+            ("--max-fd-to-fp", 0.4),
+            "fd_to_fp of w8a8 + cache (160 samples) is 0.5, expected at most",
+        ),
     ],
 )
 def test_limits(cli: Cli, made: Bundle, flags: tuple[object, ...], line: str) -> None:
-    report = make_report(made, *NAMES)
-    report["variants"][3]["fd_to_fp"] = {"value": 0.5, "low": 0.4, "high": 0.6}
-    keep(made, report)
+    keep(made, with_distances(make_report(made, *NAMES), 0.3))
     done = cli("gate", made.path, *flags)
     assert done.code == 1
     (found,) = done.out.splitlines()
@@ -183,6 +194,36 @@ def test_against_a_baseline(cli: Cli, made: Bundle, tmp_path: Path) -> None:
         assert line in done.err
 
 
+def test_distances_against_a_baseline(cli: Cli, made: Bundle, tmp_path: Path) -> None:
+    """No farther than the baseline's interval reaches; judged only where that has distances."""
+    path = tmp_path / "baseline.json"
+    ours = with_distances(make_report(made, *NAMES), 0.3)  # 0.5 of what the bundle runs
+    keep(made, ours)
+    for theirs, code in ((0.25, 0), (0.23, 1), (9.0, 0)):  # 0.45 reaches to 0.51
+        baseline = with_distances(make_report(made, *NAMES), theirs) | {"shown": None}
+        path.write_text(json.dumps(baseline))
+        done = cli("gate", made.path, "--against", path)
+        assert done.code == code, done.out
+    path.write_text(json.dumps(with_distances(baseline, 0.23)))
+    (line,) = cli("gate", made.path, "--against", path).out.splitlines()
+    assert line == (
+        f"FAIL fd_to_fp against the baseline: fd_to_fp of {BEST} is 0.5, the baseline's is 0.43: "
+        "expected at most 0.49, the upper end of its interval"
+    )
+    other = baseline | {"distances": baseline["distances"] | {"real_sha256": "b" * 64}}
+    path.write_text(json.dumps(other))
+    done = cli("gate", made.path, "--against", path)
+    assert done.code == 2
+    assert "the distances stand on real_sha256 aaa" in done.err
+    assert "measure both with the same --real" in done.err
+    keep(made, make_report(made, *NAMES))
+    done = cli("gate", made.path, "--against", path)
+    assert done.code == 2
+    assert "measure it with: ditcast bench BUNDLE --real DATA.npz (extra distances)" in done.err
+    path.write_text(json.dumps(make_report(made, *NAMES) | {"shown": None}))
+    assert cli("gate", made.path, "--against", path).code == 0
+
+
 def test_files_for_ci(cli: Cli, made: Bundle, tmp_path: Path) -> None:
     """JUnit XML, Markdown that is appended, and JSON, of a pass and of a failure."""
     xml, text, values = (tmp_path / name for name in ("gate.xml", "summary.md", "gate.json"))
@@ -201,7 +242,11 @@ def test_files_for_ci(cli: Cli, made: Bundle, tmp_path: Path) -> None:
     assert markdown.startswith("before\n### ditcast gate: good.bundle: ✅ passed")
     assert "❌ 1 of 11 checks failed" in markdown
     assert f"| {BEST} | 3 of 6 |" in markdown
+    assert "fd_to_fp" not in markdown
     assert json.loads(values.read_text())["checks"][-1]["passed"] is False
+    keep(made, with_distances(make_report(made, *NAMES), 0.3))
+    assert cli("gate", made.path, *files).code == 0
+    assert f"| {BEST} | 0.5 (0.45 to 0.56) |" in text.read_text()
 
 
 def test_missing_figures_name_their_command(cli: Cli, tmp_path: Path) -> None:
@@ -224,7 +269,7 @@ def test_missing_figures_name_their_command(cli: Cli, tmp_path: Path) -> None:
     [
         (("--min-psnr", "nan"), "min_psnr: got nan, expected a number from 0"),
         (("--min-speedup", -1), "min_speedup: got -1.0, expected a number from 0"),
-        (("--max-fd-to-fp", 1), "has no fd_to_fp of w8a8 + cache; ditcast bench does not measure"),
+        (("--max-fd-to-fp", 1), "has no fd_to_fp of w8a8 + cache; measure it with: ditcast bench"),
         (("--against", "nowhere.json"), "no file nowhere.json; give a bundle, or what ditcast"),
         (("--junit", "no/such/gate.xml"), "junit: no folder no/such; create it first"),
         (("--summary", "no/such/x.md"), "summary: no folder no/such; create it first"),

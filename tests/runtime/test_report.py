@@ -14,10 +14,10 @@ import pytest
 from PIL import Image
 
 from ditcast.bundle import Bundle
-from ditcast.runtime import kept
+from ditcast.runtime import fidelity, kept
 from ditcast.runtime.report import PAGE, write_report
 from tests.conftest import Cli
-from tests.reports import NAMES, Page, audited, make_report, spread
+from tests.reports import NAMES, Page, audited, make_report, spread, with_distances
 
 MAX_BYTES = 8_000_000
 
@@ -71,6 +71,23 @@ def test_page_shows_every_figure_and_loads_nothing(bundle: Bundle) -> None:
     assert "link" not in page.tags
     assert "iframe" not in page.tags
     assert 'id="plotly"' in page.source
+
+
+def test_page_shows_distances_where_they_are_measured(bundle: Bundle) -> None:
+    """With intervals and what they stand on; without them, neither columns nor words."""
+    assert "FD to" not in render(bundle, make_report(bundle, *NAMES)).text
+    report = with_distances(make_report(bundle, *NAMES))
+    page = render(bundle, report)
+    assert "FD to fp KD to fp FD to real KD to real" in page.text
+    for row in report["variants"]:
+        for key in fidelity.DISTANCES:
+            if row[key] is not None:
+                found = "{value:.4g} {low:.4g} – {high:.4g}".format(**row[key])
+                assert found in page.text
+    assert "160 pictures per side and 16 dimensions of PCA (Some Network, 7 features)" in page.text
+    assert "Distances extractor Some Network, 7 features pictures per side 160" in page.text
+    assert f"real sha256 {'a' * 64}" in page.text
+    assert "--seed 7 --real real.npz" in page.text
 
 
 def test_verdict_has_speed_fidelity_size_and_hardware(bundle: Bundle) -> None:

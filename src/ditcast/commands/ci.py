@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 from xml.etree import ElementTree
 
-from ditcast.runtime.bench import summary
+from ditcast.runtime.bench import distance_summary, summary
 from ditcast.runtime.gate import Check
 from ditcast.runtime.verdict import verdict
 
@@ -33,7 +33,7 @@ def markdown(name: str, checks: Sequence[Check], figures: dict[str, Any]) -> str
     """The verdict, every check, and every figure, as GitHub shows them on a run's page."""
     failed = sum(not check.passed for check in checks)
     state = f"❌ {failed} of {len(checks)} checks failed" if failed else "✅ passed"
-    header, *rows = summary(figures)
+    tables = [table for table in (summary(figures), distance_summary(figures)) if table]
     lines = [
         f"### ditcast gate: {_cell(name)}: {state}",
         "",
@@ -44,9 +44,9 @@ def markdown(name: str, checks: Sequence[Check], figures: dict[str, Any]) -> str
             [["✅" if check.passed else "❌", check.name, check.line] for check in checks],
         ),
         "",
-        *_table(header, rows),
-        "",
     ]
+    for header, *rows in tables:
+        lines += [*_table(header, rows), ""]
     return "\n".join(lines) + "\n"
 
 

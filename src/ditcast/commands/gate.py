@@ -42,7 +42,7 @@ def _file(name: str, text: str) -> Callable[[F], F]:
 @BUNDLE
 @_limit("--min-psnr", "dB, median over the samples")
 @_limit("--min-ssim", "median over the samples (extra report)")
-@_limit("--max-fd-to-fp", "where the figures hold that distance")
+@_limit("--max-fd-to-fp", "Fréchet distance to full precision (of bench --real)")
 @_limit("--min-speedup", "times the speed of full precision")
 @click.option(
     "--against",

