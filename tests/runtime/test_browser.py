@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 SIZES = [(1400, 900), (400, 800)]
 MAX_BYTES = 8_000_000
-DRAWN = "[...document.querySelectorAll('[data-figure]')].every(e => e.querySelector('.main-svg'))"
 PLOTS = ("speed", "closeness", "plan", "forecast", "ranges")
 
 
@@ -64,7 +63,8 @@ class Visit:
         self.page.on("request", lambda request: self.requests.append(request.url))
         self.page.goto(path.as_uri())
         self.page.wait_for_selector(".viewer:not([hidden])")
-        self.page.wait_for_function(DRAWN)
+        for plot in self.page.locator("[data-figure]").all():
+            plot.locator(".main-svg").first.wait_for(state="attached")
 
 
 @pytest.fixture(scope="module", params=SIZES, ids=["wide", "narrow"])
