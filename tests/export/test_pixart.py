@@ -19,10 +19,12 @@ from ditcast.calibrate.simulate import quantized
 from ditcast.calibrate.trajectory import follow
 from ditcast.errors import ConfigError
 from ditcast.export import to_onnx
+from ditcast.export.store import WeightStore
+from ditcast.export.trace import trace
 from ditcast.models import LoadedModel
 from ditcast.runtime import Pipeline
 from ditcast.runtime.audit import audit
-from ditcast.runtime.backends import make_backend
+from ditcast.runtime.backends import GraphFile, make_backend
 from tests.conftest import make_bundle
 from tests.pixarts import CHANNELS, OTHER, PROMPTS, TOKENS, captions, loaded
 from tests.runtime.test_trajectories import psnr_db
@@ -166,3 +168,23 @@ def test_labels_are_captions(each: Bundle) -> None:
 def test_stored_features_are_of_their_steps(w4a8: Bundle) -> None:
     with pytest.raises(ConfigError, match="steps: got 3, "):
         Pipeline(w4a8).sample([0], steps=3)
+
+
+@torch.no_grad()
+def test_a_slot_that_never_changes(tmp_path: Path, other: LoadedModel) -> None:
+    """A caption of one token is attended to alike at every step: no increment, and no 0 / 0."""
+    adapter = other.adapter
+    features = adapter.temporal(torch.tensor([500.0]), torch.tensor([1]))[0]
+    x = torch.randn(1, *adapter.sample_shape, generator=torch.Generator().manual_seed(0))
+    shape = (len(adapter.slots), 1, *adapter.slot_shape)
+    feeds = [x, features, torch.tensor([2.0, -1.0]), torch.ones(2, *shape), torch.zeros(shape)]
+    feeds.append(torch.zeros(len(adapter.slots), 1))
+    names = ["sample", "features", "factors", "y", "a", "slope"]
+    relate = adapter.steps["relate"]
+    graph = trace(relate, feeds, inputs=names, outputs=["output"], dynamic=[{}] * len(names))
+    with WeightStore(tmp_path) as store:
+        store.save(graph, tmp_path / "relate.onnx")
+    session = make_backend("onnxruntime").session(GraphFile(path=tmp_path / "relate.onnx"))
+    given = {name: feed.numpy() for name, feed in zip(names, feeds, strict=True)}
+    found = session.run(given, ["output"])["output"]
+    np.testing.assert_allclose(found, relate(*feeds).numpy(), rtol=0, atol=1e-5)

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from ditcast.models.dit_network import Denoiser
 
-TINY = 1e-8  # below all sums of magnitudes that mean something
+# Below all sums of magnitudes that mean something; the exporter takes 1e-8 for 0 and drops the sum.
+TINY = 1e-7
 
 
 class _Step(nn.Module):
