@@ -104,6 +104,13 @@ def frequencies(time_proj: Any) -> Tensor:
     return torch.exp(exponent / (half - time_proj.downscale_freq_shift))
 
 
+def sinusoid(timesteps: Tensor, frequencies: Tensor, *, cosine_first: bool = True) -> Tensor:
+    """The waves of timesteps (T,) at H frequencies, cosines and sines: (T, 2 H)."""
+    angles = timesteps[:, None] * frequencies[None]
+    waves = [torch.sin(angles), torch.cos(angles)]
+    return torch.cat(waves[::-1] if cosine_first else waves, dim=-1)
+
+
 def linears_of(module: nn.Module, prefix: str = "") -> dict[str, nn.Linear]:
     """All Linears of a module by name, behind a prefix."""
     return {f"{prefix}{n}": m for n, m in module.named_modules() if isinstance(m, nn.Linear)}

@@ -25,8 +25,9 @@ from ditcast.models.base import (
     check_names,
     frequencies,
     linears_of,
+    sinusoid,
 )
-from ditcast.models.dit_network import ACTIVATIONS, Block, Denoiser
+from ditcast.models.dit_network import ACTIVATIONS, MODULATIONS, Block, Denoiser
 from ditcast.models.dit_steps import STEPS
 from ditcast.recipe import TEMPORAL
 
@@ -52,10 +53,10 @@ class TemporalFeatures(Temporal):
 
     def own(self, timesteps: Tensor, class_labels: Tensor) -> Tensor:
         """(T,) float32 and (U,) int64 -> features (T, U, F)."""
-        sinusoid = self._sinusoid(timesteps)
+        waves = sinusoid(timesteps, self.frequencies)
         parts = []
         for i, modulation in enumerate(self.modulation):
-            condition = self._condition(i, sinusoid, class_labels)
+            condition = self._condition(i, waves, class_labels)
             parts.append(modulation(condition))
             if i == 0:
                 final = self.final(condition)
@@ -64,20 +65,16 @@ class TemporalFeatures(Temporal):
     def part(self, index: int, timesteps: Tensor, class_labels: Tensor) -> Tensor:
         """The features of one part of the network for pairs (N,) and (N,); the last is final."""
         last = index == len(self.modulation)
-        sinusoid = self._sinusoid(timesteps)
         owner = 0 if last else index
-        time, label = self.time[owner](sinusoid), self.label[owner](class_labels)
+        waves = sinusoid(timesteps, self.frequencies)
+        time, label = self.time[owner](waves), self.label[owner](class_labels)
         condition = functional.silu(time + label)
         found: Tensor = (self.final if last else self.modulation[index])(condition)
         return found
 
-    def _sinusoid(self, timesteps: Tensor) -> Tensor:
-        angles = timesteps[:, None] * self.frequencies[None]
-        return torch.cat([torch.cos(angles), torch.sin(angles)], dim=-1)  # (T, 256)
-
-    def _condition(self, index: int, sinusoid: Tensor, class_labels: Tensor) -> Tensor:
+    def _condition(self, index: int, waves: Tensor, class_labels: Tensor) -> Tensor:
         """What the modulations of a block see: (T, U, D)."""
-        time, label = self.time[index](sinusoid), self.label[index](class_labels)
+        time, label = self.time[index](waves), self.label[index](class_labels)
         return functional.silu(time[:, None] + label[None])
 
 
@@ -103,28 +100,28 @@ class DiTAdapter:
         self.check(config)
         check_names(named, config.num_embeds_ada_norm)
         model = model.float().eval().requires_grad_(False)
-        size = config.sample_size
-        self.sample_shape = (config.in_channels, size, size)
-        self.output_channels = model.out_channels
         self.num_classes = self.null_label = config.num_embeds_ada_norm
-        names = [(f"blocks.{i}.attn", f"blocks.{i}.mlp") for i in range(config.num_layers)]
-        self.slots = tuple(name for pair in names for name in pair)
-        self.temporal: Temporal = TemporalFeatures(model).eval().requires_grad_(False)
         approximate = ACTIVATIONS[config.activation_fn]
         blocks = [Block(b, (b.norm1.norm, b.norm3), approximate) for b in model.transformer_blocks]
-        denoiser = Denoiser(model, blocks, model.proj_out_2).eval().requires_grad_(False)
-        self.denoiser: nn.Module = denoiser
+        self.take(model, TemporalFeatures(model), Denoiser(model, blocks, model.proj_out_2))
+
+    def take(self, model: Any, temporal: Temporal, denoiser: Denoiser) -> None:
+        """Become the adapter of a diffusers transformer with these two halves."""
+        size = model.config.sample_size
+        self.sample_shape = (model.config.in_channels, size, size)
+        self.output_channels = model.out_channels
+        self.temporal = temporal.eval().requires_grad_(False)
+        self.denoiser: nn.Module = denoiser.eval().requires_grad_(False)
         self.steps: dict[str, nn.Module] = {"full": denoiser}
         self.steps |= {name: make(denoiser).eval() for name, make in STEPS.items()}
-        self.slot_shape: tuple[int, ...] = ((size // config.patch_size) ** 2, model.inner_dim)
+        self.slot_shape: tuple[int, ...] = (
+            (size // model.config.patch_size) ** 2,
+            model.inner_dim,
+        )
         self.stem = denoiser.patch_embed
-        width, layers = model.inner_dim, config.num_layers
-        self.parts = (
-            *(
-                Part(f"blocks.{i}", block, slice(6 * width * i, 6 * width * (i + 1)), 6)
-                for i, block in enumerate(denoiser.blocks)
-            ),
-            Part("final", denoiser.final, slice(6 * width * layers, (6 * layers + 2) * width), 2),
+        self.parts = _parts(denoiser)
+        self.slots = tuple(
+            f"blocks.{i}.{slot}" for i, block in enumerate(denoiser.blocks) for slot in block.SLOTS
         )
         self.shallow: tuple[str, ...] = ("final",)
 
@@ -141,16 +138,33 @@ class DiTAdapter:
         return linears_of(self.temporal, TEMPORAL)
 
     def modulated(self) -> dict[str, Modulated]:
-        """The Linears behind a modulated norm: every block's first of each slot."""
-        width = self.slot_shape[1]
-        found = {}
-        for i in range(len(self.slots) // 2):
+        """The Linears behind a modulated norm: the first of attention and MLP."""
+        width, found = self.slot_shape[1], {}
+        for i, part in enumerate(self.parts[:-1]):
             for j, layer in enumerate(("attn.qkv", "mlp.fc1")):
-                shift = (6 * i + 3 * j) * width
-                found[f"blocks.{i}.{layer}"] = Modulated(shift, shift + width, width)
+                shift = (MODULATIONS * i + 3 * j) * width
+                found[f"{part.name}.{layer}"] = Modulated(shift, shift + width, width)
         return found
 
     def chained(self) -> dict[str, tuple[str, int]]:
         """The attention's output Linear mixes values, which qkv's last third of rows makes."""
-        first, blocks = 2 * self.slot_shape[1], range(len(self.slots) // 2)
-        return {f"blocks.{i}.attn.proj": (f"blocks.{i}.attn.qkv", first) for i in blocks}
+        first, names = 2 * self.slot_shape[1], [part.name for part in self.parts[:-1]]
+        return {f"{name}.attn.proj": (f"{name}.attn.qkv", first) for name in names}
+
+
+def _parts(denoiser: Denoiser) -> tuple[Part, ...]:
+    """The blocks and the final layer, with their columns one after the other."""
+    width = MODULATIONS * denoiser.width
+    blocks = [
+        Part(
+            f"blocks.{i}",
+            block,
+            slice(width * i, width * (i + 1)),
+            MODULATIONS,
+            shared=denoiser.shared,
+        )
+        for i, block in enumerate(denoiser.blocks)
+    ]
+    start = width * len(blocks)
+    final = slice(start, start + 2 * denoiser.width)
+    return (*blocks, Part("final", denoiser.final, final, 2))

@@ -11,6 +11,7 @@ from torch.nn import functional
 from ditcast.models.operators import Attention
 
 ACTIVATIONS = {"gelu": "none", "gelu-approximate": "tanh"}
+MODULATIONS = 6  # vectors of a block
 
 
 class Mlp(nn.Module):
@@ -96,6 +97,8 @@ class FinalLayer(nn.Module):
 
 class Denoiser(nn.Module):
     """A full step: every slot is computed, and what later reuse steps add to their stream."""
+
+    shared: slice | None = None  # the features that all blocks take beside their own
 
     def __init__(self, model: Any, blocks: Sequence[Block], proj: nn.Linear) -> None:
         """Around the blocks of a diffusers model, whose last Linear is `proj`; it is shared."""

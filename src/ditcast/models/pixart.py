@@ -21,17 +21,14 @@ from torch.nn import functional
 
 from ditcast.errors import UnsupportedError
 from ditcast.models.base import (
-    Layer,
-    Modulated,
-    Part,
     Temporal,
     check_names,
     frequencies,
-    linears_of,
+    sinusoid,
 )
 from ditcast.models.captions import CaptionFeatures, Captions
-from ditcast.models.dit_network import ACTIVATIONS, Block, Denoiser
-from ditcast.models.dit_steps import STEPS
+from ditcast.models.dit import DiTAdapter
+from ditcast.models.dit_network import ACTIVATIONS, MODULATIONS, Block, Denoiser
 from ditcast.models.operators import CrossAttention
 from ditcast.recipe import TEMPORAL
 
@@ -42,7 +39,6 @@ CONFIG: dict[str, tuple[str, ...]] = {
     "attention_type": ("default",),
 }
 PIXELS = 8  # of an edge, that one of a latent stands for: what the size embedder is told
-MODULATIONS = 6  # vectors of a block
 
 
 class TemporalFeatures(Temporal):
@@ -85,8 +81,7 @@ class TemporalFeatures(Temporal):
 
     def _embedded(self, timesteps: Tensor) -> Tensor:
         """The embedding of timestep and size, (T, D)."""
-        angles = timesteps[:, None] * self.frequencies[None]
-        found: Tensor = self.time(torch.cat([torch.cos(angles), torch.sin(angles)], dim=-1))
+        found: Tensor = self.time(sinusoid(timesteps, self.frequencies))
         return found if self.size is None else found + self.size
 
     def _final(self, embedded: Tensor) -> Tensor:
@@ -165,7 +160,7 @@ class PixArtDenoiser(Denoiser):
         return torch.cat([attn, torch.ones_like(attn), mlp], dim=3).flatten(2, 3)
 
 
-class PixArtAdapter:
+class PixArtAdapter(DiTAdapter):
     """`Adapter` for `PixArtTransformer2DModel`, whose labels are captions."""
 
     architecture = "PixArtTransformer2DModel"
@@ -201,25 +196,9 @@ class PixArtAdapter:
         self.num_classes = self.null_label = len(captions.mask) - 1
         check_names(named, self.num_classes)
         model = model.float().eval().requires_grad_(False)
-        size = config.sample_size
-        self.sample_shape = (config.in_channels, size, size)
-        self.output_channels = model.out_channels
         table = CaptionFeatures(captions, model.caption_projection)
-        self.temporal: Temporal = TemporalFeatures(model, table).eval().requires_grad_(False)
-        denoiser = PixArtDenoiser(model, table.tokens).eval().requires_grad_(False)
-        self.denoiser: nn.Module = denoiser
-        self.steps: dict[str, nn.Module] = {"full": denoiser}
-        self.steps |= {name: make(denoiser).eval() for name, make in STEPS.items()}
-        self.slot_shape: tuple[int, ...] = ((size // config.patch_size) ** 2, model.inner_dim)
-        self.stem = denoiser.patch_embed
-        self.tokens, self.parts = table.tokens, _parts(denoiser)
-        blocks = range(config.num_layers)
-        self.slots = tuple(f"blocks.{i}.{slot}" for i in blocks for slot in PixArtBlock.SLOTS)
-        self.shallow: tuple[str, ...] = ("final",)
-
-    def layers(self) -> dict[str, Layer]:
-        """The Linears of the blocks and of the final layer."""
-        return {**linears_of(self.denoiser)}
+        self.tokens = table.tokens
+        self.take(model, TemporalFeatures(model, table), PixArtDenoiser(model, table.tokens))
 
     def positions(self) -> dict[str, int]:
         """One row per token: of the caption for its keys and values, else of the sample."""
@@ -230,39 +209,11 @@ class PixArtAdapter:
 
     def temporal_linears(self) -> dict[str, nn.Linear]:
         """The Linears of the TIB; those that project captions depend on no timestep."""
-        found = linears_of(self.temporal, TEMPORAL)
+        found = super().temporal_linears()
         return {n: linear for n, linear in found.items() if not n.startswith(f"{TEMPORAL}shared.")}
-
-    def modulated(self) -> dict[str, Modulated]:
-        """The Linears behind a modulated norm: the first of attention and MLP."""
-        width, found = self.slot_shape[1], {}
-        for i, part in enumerate(self.parts[:-1]):
-            for j, layer in enumerate(("attn.qkv", "mlp.fc1")):
-                shift = (MODULATIONS * i + 3 * j) * width
-                found[f"{part.name}.{layer}"] = Modulated(shift, shift + width, width)
-        return found
 
     def chained(self) -> dict[str, tuple[str, int]]:
         """Both attentions' output Linears mix values, the last rows of qkv and of kv."""
-        width, found = self.slot_shape[1], {}
-        for part in self.parts[:-1]:
-            found[f"{part.name}.attn.proj"] = (f"{part.name}.attn.qkv", 2 * width)
-            found[f"{part.name}.cross.proj"] = (f"{part.name}.cross.kv", width)
-        return found
-
-
-def _parts(denoiser: PixArtDenoiser) -> tuple[Part, ...]:
-    """The blocks, all with the caption, and the final layer."""
-    width = MODULATIONS * denoiser.width
-    blocks = [
-        Part(
-            f"blocks.{i}",
-            block,
-            slice(width * i, width * (i + 1)),
-            MODULATIONS,
-            shared=denoiser.shared,
-        )
-        for i, block in enumerate(denoiser.blocks)
-    ]
-    final = slice(width * len(blocks), denoiser.shared.start)
-    return (*blocks, Part("final", denoiser.final, final, 2))
+        width, names = self.slot_shape[1], [part.name for part in self.parts[:-1]]
+        crossing = {f"{name}.cross.proj": (f"{name}.cross.kv", width) for name in names}
+        return super().chained() | crossing

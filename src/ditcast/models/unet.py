@@ -29,6 +29,7 @@ from ditcast.models.base import (
     frequencies,
     linears_of,
     run_parts,
+    sinusoid,
 )
 from ditcast.models.unet_parts import (
     AttentionBlock,
@@ -97,10 +98,8 @@ class TemporalFeatures(Temporal):
 
     def _time(self, timesteps: Tensor) -> Tensor:
         """The time embedding, (T, E)."""
-        angles = timesteps[:, None] * self.frequencies[None]
-        waves = [torch.sin(angles), torch.cos(angles)]
-        sinusoid = torch.cat(waves[::-1] if self.cosine_first else waves, dim=-1)
-        found: Tensor = self.time(sinusoid)
+        waves = sinusoid(timesteps, self.frequencies, cosine_first=self.cosine_first)
+        found: Tensor = self.time(waves)
         return found
 
 
