@@ -100,6 +100,24 @@ def test_plots_are_drawn(visit: Visit) -> None:
     assert visit.page.locator("#plot-plan .heatmaplayer image").count() == 1
 
 
+WHEN_OPEN = """addEventListener("load", () => {
+  window.plotlyWhenOpen = "Plotly" in window;
+  dispatchEvent(new Event("beforeprint"));
+  const charts = [...document.querySelectorAll("[data-figure]")];
+  window.drawnForPrinting = charts.filter((chart) => chart.querySelector(".main-svg")).length;
+});"""
+
+
+def test_plots_come_last(browser: Browser, written: Path) -> None:
+    """The page is open before plotly.js has run; one that is printed right then has its plots."""
+    page = browser.new_page()
+    page.add_init_script(WHEN_OPEN)
+    page.goto(written.as_uri())
+    assert evaluate(page, "plotlyWhenOpen") is False
+    assert evaluate(page, "drawnForPrinting") == len(PLOTS)
+    page.close()
+
+
 def test_grids_are_seen(visit: Visit) -> None:
     """Every picture has been decoded, and the closer look is not blank."""
     sizes = "[...document.images].map(i => [i.complete, i.naturalWidth, i.clientWidth])"
