@@ -53,6 +53,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "mse": {"method": "mse", "temporal": "fp"},
     "smooth": {"method": "absmax", "temporal": "fp", "balance": "smooth"},
     "naive": {"method": "tfmq", "temporal": "naive", "fsc": "none"},
+    "naive-nearest": {"method": "tfmq", "temporal": "naive", "fsc": "none", "init": "nearest"},
     "tiar": {"method": "tfmq", "temporal": "tib", "fsc": "none"},
     "fsc": {"method": "tfmq", "temporal": "naive", "fsc": "tib"},
     "tfmq": {"method": "tfmq", "temporal": "tib", "fsc": "tib"},

@@ -1,9 +1,11 @@
 """TensorRT and TensorRT for RTX: an engine from a graph of target `tensorrt`.
 
 Every engine is built in a process of its own: both libraries keep the first logger that they are
-given, a builder that runs out of memory ends its process, and only without the randomization of
-addresses, by which they sort, are two plans of one graph the same bytes. TensorRT for RTX needs no
-GPU to build; TensorRT does.
+given, and a builder that runs out of memory ends its process. They sort by address, so that two
+plans of one graph are the same bytes only where memory is handed out alike: without randomization
+of addresses, by one thread, and from the heap of a fresh one, which has none of the holes that the
+environment and Python's hash seed leave in the first. TensorRT for RTX needs no GPU to build;
+TensorRT does.
 """
 
 from __future__ import annotations
@@ -11,11 +13,13 @@ from __future__ import annotations
 import ctypes
 import importlib
 import json
+import os
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -267,6 +271,7 @@ def build_here(job: dict[str, Any], plan: Path) -> dict[str, Any]:
     messages: list[tuple[int, str]] = []
     logger = _logger(trt, messages)
     builder = trt.Builder(logger)
+    builder.max_threads = 1  # what several allocate is in another order every time
     started = time.perf_counter()
     network, parser = _network(trt, builder, logger, job["path"])
     serialized = builder.build_serialized_network(network, _configure(trt, builder, network, job))
@@ -296,8 +301,13 @@ def _inspect(trt: Any, logger: Any, plan: Path) -> str:
 def main(folder: Path) -> None:
     """Do the job in a folder: `job.json` becomes `engine.plan` and `result.json`."""
     job = json.loads((folder / "job.json").read_text())
+    path = Path(job["path"])
+    os.chdir(path.parent)  # its length would be that of an allocation
+    job["path"] = path.name
+    load(job["name"])
     try:
-        result = build_here(job, folder / "engine.plan")
+        with ThreadPoolExecutor(1) as fresh:
+            result = fresh.submit(build_here, job, folder / "engine.plan").result()
     except UnsupportedError as err:
         result = {"error": str(err)}
     (folder / "result.json").write_text(json.dumps(result))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -279,10 +280,18 @@ def test_a_type_that_the_device_lacks(
         built(make(), tmp_path, "w8a8", capability)
 
 
-def test_plans_are_the_same_bytes(typed_bundle: Bundle) -> None:
-    file = GraphFile(path=typed_bundle.graph("tensorrt", "full"))
+def test_plans_are_the_same_bytes(
+    typed_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the environment, the seed of hashes, and the folder, which differ by user."""
     profile = profile_of(typed_bundle.manifest, "full")
-    plans = [builder("8.0", "8.9", "12.0").build(file, profile).plan for _ in range(2)]
+    elsewhere = tmp_path / "a folder with a long name" / "full.onnx"
+    shutil.copytree(typed_bundle.graph("tensorrt", "full").parent, elsewhere.parent)
+    plans = []
+    for seed, path in enumerate([typed_bundle.graph("tensorrt", "full"), elsewhere, elsewhere]):
+        monkeypatch.setenv("PYTHONHASHSEED", str(seed))
+        monkeypatch.setenv("SOMETHING_LONG", "x" * 100 * seed)
+        plans.append(builder("8.0", "8.9", "12.0").build(GraphFile(path=path), profile).plan)
     assert len({hashlib.sha256(plan).hexdigest() for plan in plans}) == 1
 
 
