@@ -19,7 +19,7 @@ from torch.nn import functional
 from ditcast.calibrate.codes import SMALLEST, grouped, weight_limits
 from ditcast.calibrate.qparams import LayerScales
 
-DAMPING = 0.01  # share of the mean diagonal that is added to it (GPTQ code)
+DAMPING = 0.001  # share of the mean diagonal that is added to it; GPTQ's code has 0.01
 BLOCK = 128  # columns whose errors reach those behind them at once
 
 

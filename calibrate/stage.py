@@ -208,7 +208,8 @@ class _Calibration:
 
     def _tib_ranges(self, found: QParams, scales: dict[str, LayerScales]) -> QParams:
         layers, outputs = tib.ranges(self.adapter, scales, self._bins(), self._tib_labels())
-        return replace(found, layers=found.layers | layers, outputs=outputs)
+        rounded = self.recipe.tib_outputs == "rounded"
+        return replace(found, layers=found.layers | layers, outputs=outputs if rounded else None)
 
     def _store(self, found: QParams) -> QParams:
         """Stored features, and the TIB where it is better, if it is there at all."""

@@ -85,7 +85,8 @@ def ranges(
 
     `bins` are the timesteps of each bin, ascending: one bin holds all of them, or each has its
     own (finite set calibration). They are measured with the weights rounded. Outputs have the
-    bits of the narrowest input; None where all inputs stay in float.
+    bits of the narrowest input; None where all inputs stay in float. The papers' figures round
+    them, the released code does not: recipe key `tib_outputs`.
     """
     bits = {name: held.bits.activation for name, held in scales.items()}
     bits[OUTPUTS] = min(bits.values(), default=16)

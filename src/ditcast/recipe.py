@@ -93,6 +93,9 @@ class Recipe(BaseModel):
     fsc: Literal["none", "tib", "all"] = Field(
         "tib", description="where activation ranges are one per step (finite set calibration)"
     )
+    tib_outputs: Literal["float", "rounded"] = Field(
+        "float", description="outputs of a quantized TIB, as it computes them or rounded too"
+    )
     labels: tuple[int, ...] = Field(
         (), description="labels whose temporal features are stored (cache, select); empty is all"
     )
