@@ -189,7 +189,7 @@ def test_a_tib_that_nothing_takes_is_dropped(tiny: LoadedModel, tmp_path: Path) 
 
 def test_a_tib_that_is_taken_somewhere_stays(tiny: LoadedModel, tmp_path: Path) -> None:
     """With its scales; no labels were given, so that those of all are stored."""
-    keys = {"temporal": "select", "scheme": "w6a6", "rules": NARROW}
+    keys = {"temporal": "select", "scheme": "w6a6", "rules": NARROW, "tib_outputs": "rounded"}
     bundle, found = calibrated(tiny, tmp_path / "kept", **keys)
     assert found.stored is not None
     assert found.outputs is not None

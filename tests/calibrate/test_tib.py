@@ -241,7 +241,7 @@ def test_fsc_says_where_there_is_one_range_per_step(
     tiny: LoadedModel, tmp_path: Path, fsc: str, tib_bins: int, bins: int
 ) -> None:
     """Nowhere, in the TIB, or in every layer; edges lie between neighbouring timesteps."""
-    found = calibrated(tiny, tmp_path / "b", fsc=fsc)
+    found = calibrated(tiny, tmp_path / "b", fsc=fsc, tib_outputs="rounded")
     for name, held in found.layers.items():
         assert held.activation is not None
         expected = tib_bins if name.startswith("temporal.") else bins
@@ -253,6 +253,23 @@ def test_fsc_says_where_there_is_one_range_per_step(
     torch.testing.assert_close(found.edges, edges)
     if bins:
         assert all(len(set(s.activation.tolist())) > 1 for s in found.layers.values())  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("temporal", ["naive", "tib"])
+def test_outputs_of_the_tib_are_rounded_where_it_is_asked_for(
+    tiny: LoadedModel, tmp_path: Path, temporal: str
+) -> None:
+    """By default they are not, as in the released code; the layers are the same ones."""
+    float_, rounded = (
+        calibrated(tiny, tmp_path / kind, temporal=temporal, tib_outputs=kind)
+        for kind in ("float", "rounded")
+    )
+    assert calibrated(tiny, tmp_path / "default", temporal=temporal).outputs is None
+    assert float_.outputs is None
+    assert rounded.outputs is not None
+    assert rounded.outputs.bits == 8
+    for name, held in float_.layers.items():
+        assert torch.equal(held.activation, rounded.layers[name].activation)  # type: ignore[arg-type]
 
 
 def test_embedding_layers_in_blocks_are_worse_than_the_tib_alone(

@@ -52,6 +52,7 @@ SCHEMES: dict[str, dict[str, Any]] = {
         "scheme": "w6a6",
         "rules": MIXED,
         "fsc": "all",
+        "tib_outputs": "rounded",
     },
     "balanced": {"balance": "ptq4dit", "fsc": "all", "temporal": "tib", "scheme": "w6a6"},
 }
