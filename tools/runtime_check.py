@@ -147,8 +147,9 @@ def differing(bundle: Bundle, step: Step) -> dict[str, float]:
 
 def measure(bundle: Bundle, model: LoadedModel, images: int) -> dict[str, Any]:
     """Both comparisons."""
-    recipe = bundle.manifest.recipe
-    held = qparams.of_bundle(bundle)
+    recipe, held = bundle.manifest.recipe, qparams.of_bundle(bundle)
+    for target in ("onnxruntime", "reference"):
+        bundle.graph(target, "full")  # or say at once how to make it
     labels = [i % model.adapter.num_classes for i in range(images)]
     wanted = sorted({0, recipe.steps // 2, recipe.steps - 1})
     say(f"sampling {images} images in the torch simulation")
