@@ -113,7 +113,7 @@ def trace(
     model = program.model
     _name_layers(model, set(layers))
     graph = _to_graphsurgeon(model)
-    _fold_transposes(graph)
+    _fold(graph)
     return graph.cleanup(remove_unused_graph_inputs=False).toposort()
 
 
@@ -147,13 +147,22 @@ def _to_graphsurgeon(model: onnx_ir.Model) -> gs.Graph:
     return graph
 
 
-def _fold_transposes(graph: gs.Graph) -> None:
-    """Replace `Transpose(constant)` by a constant; the exporter folds only small ones."""
+def _fold(graph: gs.Graph) -> None:
+    """Compute what the exporter leaves of large constants, which would be held in float for it.
+
+    That is the transposed weights, and the sums of the TIB's, by which zero points leave products.
+    """
     for node in graph.nodes:
-        if node.op == "Transpose" and isinstance(node.inputs[0], gs.Constant):
-            source = node.inputs[0]
-            folded = gs.Constant(f"{source.name}/T", source.values.transpose(node.attrs["perm"]))
-            replace(node.outputs[0], folded)
+        if not all(isinstance(x, gs.Constant) for x in node.inputs):
+            continue
+        if node.op == "Transpose":
+            (source,) = node.inputs
+            values = source.values.transpose(node.attrs["perm"])
+            replace(node.outputs[0], gs.Constant(f"{source.name}/T", values))
+        elif node.op == "ReduceSum" and not node.attrs.get("keepdims", 1):
+            source, axes = node.inputs
+            values = source.values.sum(axis=tuple(axes.values.tolist()))
+            replace(node.outputs[0], gs.Constant(f"{source.name}/sum", values))
 
 
 def replace(tensor: gs.Tensor, by: gs.Tensor) -> None:

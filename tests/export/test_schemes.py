@@ -362,3 +362,23 @@ def test_stored_features_are_measured_on_their_labels_and_steps(made: Made) -> N
     assert {row["samples"] for row in rows.values()} == {3}
     assert rows["w8a8"]["psnr_db"]["p50"] > 30
     assert all(row["peak_memory_mib"] for row in rows.values())
+
+
+@pytest.mark.parametrize("name", ["w4a8", "tib", "a range per step", "balanced"])
+def test_quantized_weights_are_held_as_codes_alone(
+    model: LoadedModel, made: Made, name: str
+) -> None:
+    """No graph has one in float beside them, as for the sums that zero points need."""
+    bundle = made(name)
+    with quantized(model.adapter, scales(bundle)) as simulation:
+        weights = [layer.weight().numpy() for layer in simulation.layers.values()]
+    in_float = 0
+    for graph in ("temporal", "full"):
+        for tensor in onnx.load(bundle.graph("onnxruntime", graph)).graph.initializer:
+            if tensor.data_type == TensorProto.FLOAT and len(tensor.dims) == 2:
+                values = onnx.numpy_helper.to_array(tensor)
+                in_float += 1
+                for weight in weights:
+                    for kept in (values, values.T):
+                        assert kept.shape != weight.shape or not np.allclose(kept, weight)
+    assert in_float  # the first Linears of the embedders, for one
