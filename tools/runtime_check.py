@@ -24,22 +24,20 @@ from bench_cpu import paired
 from command import Parser, tool
 from cpu_report import spread
 from numpy.typing import NDArray
+from quality_run import SEED, Samples, image_labels, sampled
 from torch import Tensor, nn
 
 from ditcast.bundle import Bundle
+from ditcast.cache.stepping import GRAPHS
 from ditcast.calibrate import qparams
 from ditcast.calibrate.qparams import QParams
 from ditcast.calibrate.simulate import Simulation, quantized
-from ditcast.calibrate.trajectory import sample
 from ditcast.errors import ConfigError
 from ditcast.models import LoadedModel, load
 from ditcast.progress import say
 from ditcast.runtime import Pipeline, machine
-from ditcast.runtime.backends import GraphFile, make_backend
-from ditcast.schedule import from_config
+from ditcast.runtime.backends import GraphFile, Session, make_backend
 
-SEED = 10_000  # no calibration's
-INPUTS = ("sample", "features", "ahead", "weights")
 SHIFT = 128  # from the simulation's signed codes to those of ONNX Runtime
 
 
@@ -76,7 +74,7 @@ def comparable(held: QParams) -> dict[str, Tensor]:
 def watched(
     denoiser: nn.Module, simulation: Simulation, scales: dict[str, Tensor], wanted: Sequence[int]
 ) -> Iterator[list[Step]]:
-    """While active, the steps of these numbers are kept."""
+    """While active, the steps of these numbers are kept, of the first batch."""
     steps: list[Step] = []
     calls = -1
 
@@ -85,7 +83,8 @@ def watched(
         del module
         calls += 1
         if calls in wanted:
-            feeds = {k: v.numpy().copy() for k, v in zip(INPUTS, args, strict=True)}
+            inputs = zip(GRAPHS["full"].inputs, args, strict=True)
+            feeds = {name: tensor.numpy().copy() for name, tensor in inputs}
             steps.append(Step(feeds, {}))
 
     def watch(name: str) -> torch.utils.hooks.RemovableHandle:
@@ -106,56 +105,52 @@ def watched(
 
 
 def simulated(
-    model: LoadedModel, bundle: Bundle, held: QParams, labels: list[int], wanted: list[int]
-) -> tuple[NDArray[np.float32], list[Step]]:
-    """The simulation's samples, every step full, and some of its steps."""
-    recipe, scales = bundle.manifest.recipe, comparable(held)
+    model: LoadedModel, bundle: Bundle, labels: list[int], wanted: list[int]
+) -> tuple[Samples, list[Step]]:
+    """The simulation's samples, every step full, and some of the first batch's steps."""
+    held = qparams.of_bundle(bundle)
+    scales = comparable(held)
     with (
         quantized(model.adapter, held) as simulation,
         watched(model.adapter.denoiser, simulation, scales, wanted) as steps,
     ):
-        found = sample(
-            model.adapter,
-            from_config(model.scheduler),
-            sampler=recipe.sampler,
-            steps=recipe.steps,
-            guidance=recipe.guidance,
-            seed=SEED,
-            indices=range(len(labels)),
-            labels=labels,
-        )
-    return found.numpy(), steps
+        found = sampled(model, bundle.manifest.recipe, labels)
+    return found, steps
 
 
-def differing(bundle: Bundle, step: Step) -> dict[str, float]:
-    """Per layer, the share of codes that are others in ONNX Runtime from the same inputs."""
-    graph = onnx.load(bundle.graph("onnxruntime", "full"))
-    outputs = {name: f"{name}/codes" for name in step.codes}
-    made = {output for node in graph.graph.node for output in node.output}
-    if missing := [name for name in outputs.values() if name not in made]:
-        raise ConfigError(f"bundle: {graph.graph.name} has no {missing[0]}; export it again")
-    for output in outputs.values():
+@contextlib.contextmanager
+def giving_codes(bundle: Bundle, layers: Sequence[str]) -> Iterator[Session]:
+    """A session of the integer full step that gives the codes of these layers' inputs as well."""
+    model = onnx.load(bundle.graph("onnxruntime", "full"))
+    for layer in layers:
         kind = onnx.TensorProto.UINT8
-        graph.graph.output.append(onnx.helper.make_tensor_value_info(output, kind, None))
+        model.graph.output.append(onnx.helper.make_tensor_value_info(f"{layer}/codes", kind, None))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "codes.onnx"
-        onnx.save(graph, path)
-        found = make_backend("onnxruntime").session(GraphFile(path=path))
-        codes = found.run(step.feeds, list(outputs.values()))
+        onnx.save(model, path)
+        yield make_backend("onnxruntime").session(GraphFile(path=path))
+
+
+def differing(session: Session, step: Step) -> dict[str, float]:
+    """Per layer, the share of codes that are others in ONNX Runtime from the same inputs."""
+    outputs = {name: f"{name}/codes" for name in step.codes}
+    codes = session.run(step.feeds, list(outputs.values()))
     return {name: float((codes[outputs[name]] != step.codes[name]).mean()) for name in outputs}
 
 
 def measure(bundle: Bundle, model: LoadedModel, images: int) -> dict[str, Any]:
     """Both comparisons."""
-    recipe, held = bundle.manifest.recipe, qparams.of_bundle(bundle)
+    recipe = bundle.manifest.recipe
     for target in ("onnxruntime", "reference"):
         bundle.graph(target, "full")  # or say at once how to make it
-    labels = [i % model.adapter.num_classes for i in range(images)]
+    stored = bundle.manifest.stored_labels()
+    classes = range(model.adapter.num_classes) if stored is None else stored
+    labels = image_labels(classes, images)
     wanted = sorted({0, recipe.steps // 2, recipe.steps - 1})
     say(f"sampling {images} images in the torch simulation")
-    with torch.no_grad():
-        expected, steps = simulated(model, bundle, held, labels, wanted)
-    shares = [differing(bundle, step) for step in steps]
+    expected, steps = simulated(model, bundle, labels, wanted)
+    with giving_codes(bundle, list(steps[0].codes)) as session:
+        shares = [differing(session, step) for step in steps]
     say("sampling them in ONNX Runtime")
     made = Pipeline(bundle).sample(labels, seed=SEED, cache="none")
     full = Pipeline(bundle, target="reference").sample(labels, seed=SEED, cache="none")
@@ -175,7 +170,6 @@ def measure(bundle: Bundle, model: LoadedModel, images: int) -> dict[str, Any]:
         },
         "psnr_db_to_simulation": spread(paired(made, expected, unit=unit)),
         "psnr_db_to_full_precision": spread(paired(made, full, unit=unit)),
-        "simulation_psnr_db_to_full_precision": spread(paired(expected, full, unit=unit)),
         "machine": machine.describe(),
     }
 
@@ -199,6 +193,10 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=16)
     parser.add_argument("--json", type=Path, help="write the figures")
     args: argparse.Namespace = parser.parse_args()
+    if args.images < 1:
+        raise ConfigError(f"images: got {args.images}, expected at least 1")
+    if args.json is not None and not args.json.parent.is_dir():
+        raise ConfigError(f"json: no folder {args.json.parent}; create it first")
     bundle = Bundle.open(args.bundle)
     report = measure(bundle, load(bundle.manifest.model.source), args.images)
     show(report)
