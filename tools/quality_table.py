@@ -61,6 +61,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "tfmq-nearest": {"method": "tfmq", "temporal": "tib", "init": "nearest"},
     "gptq": {"method": "tfmq", "temporal": "tib", "iterations": 0},
     "tfmq-fp": {"method": "tfmq", "temporal": "fp"},
+    "tfmq-all-fp": {"method": "tfmq", "temporal": "fp", "fsc": "all"},
     "cache": {"method": "tfmq", "temporal": "cache"},
     "select": {"method": "tfmq", "temporal": "select"},
     "brecq": {"method": "brecq", "temporal": "fp"},
