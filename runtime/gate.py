@@ -93,7 +93,8 @@ def judge(bundle: Bundle, limits: Limits, baseline: Values | None = None) -> lis
 
 
 def _stale(bundle: Bundle, found: Values) -> Iterator[Check]:
-    """The figures have to be of the graphs that are there."""
+    """The figures have to be of the graphs that are there, and these those that were exported."""
+    bundle.check_content({row["target"] for row in found["variants"]})
     fresh = not kept.is_stale(bundle, found)
     line = f"{kept.FIGURES} was measured on these graphs"
     if not fresh:

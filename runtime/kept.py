@@ -14,6 +14,7 @@ from ditcast.progress import tell
 
 FIGURES = "reports/bench.json"
 AUDIT = "reports/audit.json"
+CHANGED = "it was changed, or is of another bundle"
 
 Values = dict[str, Any]
 
@@ -161,11 +162,13 @@ def figures(bundle: Bundle) -> Values:
     """What `bench` measured last.
 
     Raises:
-        BundleError: it has measured nothing, or is of another version of ditcast.
+        BundleError: it has measured nothing, or the file was changed, or is of another version of
+            ditcast.
     """
     renew = f"ditcast bench {bundle.path}"
     if FIGURES not in bundle.manifest.reports:
         raise BundleError(f"bundle: {bundle.path} has no {FIGURES}; measure with: {renew}")
+    bundle.check(FIGURES, f"{CHANGED}; measure again with: {renew}")
     return _read(bundle.file(FIGURES), _Figures, f"measure again with: {renew}")
 
 
@@ -188,11 +191,12 @@ def audit(bundle: Bundle) -> Values | None:
     """What `audit` found last; None where it has not run.
 
     Raises:
-        BundleError: it is of another version of ditcast.
+        BundleError: the file was changed, or is of another version of ditcast.
     """
     if AUDIT not in bundle.manifest.reports:
         return None
     again = f"audit again with: ditcast audit {bundle.path}"
+    bundle.check(AUDIT, f"{CHANGED}; {again}")
     return _read(bundle.file(AUDIT), _Audit, again)
 
 
@@ -218,7 +222,7 @@ def known_cost(bundle: Bundle) -> Values:
         return {}
     try:
         found: Values = current(bundle)["cost"]
-    except BundleError:  # of other graphs, or another version: what those cost is not known
+    except BundleError:  # of other graphs, changed, or another version: not what these cost
         return {}
     return found
 

@@ -36,9 +36,16 @@ def write_report(bundle: Bundle, report: Values) -> Path | None:
     figures = {key: value for key, value in report.items() if key != "shown"}
     names = [FIGURES]
     bundle.staged(FIGURES).write_text(json.dumps(figures, indent=1) + "\n")
-    if AUDIT in bundle.manifest.reports:
-        names.append(AUDIT)
-        shutil.copyfile(bundle.file(AUDIT), bundle.staged(AUDIT))
+    audit, reason = None, ""
+    try:
+        audit, reason = _audit(bundle, figures)
+    except BundleError as err:  # what was measured just now is not to be lost for it
+        reason = str(err)
+        tell(reason)
+    else:
+        if AUDIT in bundle.manifest.reports:
+            names.append(AUDIT)
+            shutil.copyfile(bundle.file(AUDIT), bundle.staged(AUDIT))
     pictures = {
         name: images.to_pixels(samples)
         for name, samples in report["shown"].items()
@@ -48,7 +55,7 @@ def write_report(bundle: Bundle, report: Values) -> Path | None:
         names.append(picture_name(variant))
         images.grid(shown).save(bundle.staged(names[-1]))
     try:
-        text = page.render(bundle, figures, pictures, *_audit(bundle, figures))
+        text = page.render(bundle, figures, pictures, audit, reason)
     except MissingDependencyError as err:
         tell(f"{PAGE} is left out. {err}")
     else:
@@ -84,7 +91,7 @@ def read_pictures(bundle: Bundle, figures: Values) -> dict[str, Pixels]:
     """The pictures of each variant that the bundle keeps, (n, H, W, 3).
 
     Raises:
-        BundleError: a file that holds no such pictures.
+        BundleError: a file that was changed, or holds no such pictures.
     """
     if figures["pictures"] is None:
         return {}
@@ -93,6 +100,7 @@ def read_pictures(bundle: Bundle, figures: Values) -> dict[str, Pixels]:
         name = picture_name(row["name"])
         if name not in bundle.manifest.reports:
             continue
+        bundle.check(name, f"{kept.CHANGED}; measure again with: ditcast bench {bundle.path}")
         try:
             with Image.open(bundle.file(name)) as sheet:
                 pictures = images.cut(sheet, **figures["pictures"])

@@ -74,6 +74,31 @@ def test_a_search_that_was_killed_goes_on_as_it_would_have(tmp_path: Path) -> No
     assert choose(found, GOAL) == choose(wanted, GOAL)
 
 
+def test_the_time_is_that_of_all_runs_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Six trials of ten seconds each: in one run, or in two of which the first was killed."""
+    clock = 0.0
+    monkeypatch.setattr("time.monotonic", lambda: clock)
+
+    def slow(point: Point) -> Iterator[dict[str, float]]:
+        nonlocal clock
+        clock += 10
+        if clock == 40:
+            raise KeyboardInterrupt
+        yield from model(point)
+
+    asked: dict[str, Any] = {"first": DEFAULT, "steps": 50, "trials": 40, "seconds": 55}
+    with pytest.raises(KeyboardInterrupt):
+        search(tmp_path, GOAL, slow, **asked)
+    found = search(tmp_path, GOAL, slow, **asked)
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    clock = 100.0
+    assert found == search(whole, GOAL, slow, **asked)
+    assert 6 <= len(found) < 40
+
+
 def test_hopeless_points_are_given_up_and_known_ones_are_not_measured_again(
     tmp_path: Path,
 ) -> None:

@@ -20,6 +20,7 @@ from ditcast.manifest import MANIFEST, Manifest, hash_file, read_manifest, rende
 from ditcast.recipe import Recipe
 
 STAGING = ".staging"
+REPORTS = "reports/"
 
 
 class Bundle:
@@ -38,6 +39,9 @@ class Bundle:
     @classmethod
     def open(cls, path: Path) -> Bundle:
         """Open a bundle: finish an interrupted update, check manifest, paths and sizes.
+
+        Reports are left to those who read them: a bundle without its own can still run, and can
+        be measured again.
 
         Raises:
             BundleError: no bundle, a damaged or newer manifest, a path that leaves the bundle,
@@ -62,6 +66,8 @@ class Bundle:
                 os.close(lock)
         bundle = cls(path, read_manifest(path / MANIFEST))
         for name, entry in bundle.manifest.files.items():
+            if name.startswith(REPORTS):
+                continue
             found = bundle.file(name)
             size = found.stat().st_size if found.is_file() else None
             if size != entry.size:
@@ -178,17 +184,31 @@ class Bundle:
         self.manifest = manifest
         _roll_forward(self.path)
 
-    def check(self, name: str) -> None:
+    def check(self, name: str, remedy: str = "the bundle is damaged, compile it again") -> None:
         """Hash one file.
 
         Raises:
-            BundleError: its hash differs.
+            BundleError: it is missing or its hash differs; the message ends with the remedy.
         """
-        if hash_file(self.file(name)) != self.manifest.files[name]:
+        path = self.file(name)
+        if not path.is_file():
+            raise BundleError(f"bundle: no file {name} in {self.path}, expected one; {remedy}")
+        if hash_file(path) != self.manifest.files[name]:
             raise BundleError(
-                f"bundle: {name} in {self.path}: SHA-256 differs from the manifest; "
-                "the bundle is damaged, compile it again"
+                f"bundle: {name} in {self.path}: SHA-256 differs from the manifest; {remedy}"
             )
+
+    def check_content(self, targets: Iterable[str]) -> None:
+        """Hash the files that a measurement of these targets stands on; see `content`.
+
+        Raises:
+            BundleError: the first one that is missing or differs.
+        """
+        folders = tuple(f"graphs/{target}/" for target in targets)
+        sections = (self.manifest.quantization, self.manifest.cache)
+        held = [section.file for section in sections if section is not None]
+        for name in [*held, *(n for n in self.manifest.files if n.startswith(folders))]:
+            self.check(name)
 
     def verify(self) -> int:
         """Hash every file; returns how many there are.
@@ -240,6 +260,18 @@ class Bundle:
         if self.manifest.cache is not None:
             parts.append(self.manifest.files[self.manifest.cache.file].sha256)
         return hashlib.sha256("|".join(parts).encode()).hexdigest()
+
+    def check_writable(self) -> None:
+        """Refuse a folder that no report can be put into, before the long work.
+
+        Raises:
+            BundleError: this user may not write there.
+        """
+        if not os.access(self.path, os.W_OK):
+            raise BundleError(
+                f"bundle: {self.path} cannot be written, so what is measured would be lost; "
+                "change its permissions, or work on a copy"
+            )
 
     def content(self, targets: Iterable[str]) -> str:
         """Hash of all that a measurement of these targets stands on; reports are no part of it."""

@@ -288,7 +288,9 @@ def _bench(
     from ditcast.runtime.bench import announce, bench, distance_summary, summary
     from ditcast.runtime.kept import known_cost
     from ditcast.runtime.report import write_report
+    from ditcast.runtime.verdict import interaction, notes, verdict
 
+    bundle.check_writable()
     manifest = bundle.manifest
     count = count or (1 if manifest.model.source.startswith("random:") else 128)
     if seed is None:  # not the noise that the scales were found on
@@ -306,6 +308,8 @@ def _bench(
     announce(report)
     for table in filter(None, (summary(report), distance_summary(report))):
         show(table, right=1)
+    for line in filter(None, (verdict(report), interaction(report), *notes(report))):
+        click.echo(line)
     write_json(json_file, {key: value for key, value in report.items() if key != "shown"})
     page = write_report(bundle, report)
     if page is not None:

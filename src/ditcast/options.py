@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from types import UnionType
@@ -65,9 +66,13 @@ def runtime_options(command: F) -> F:
 def writable(context: click.Context, option: click.Parameter, path: Path | None) -> Path | None:
     """Refuse a file that could not be written, before the long work."""
     del context
-    if path is not None and not path.parent.is_dir():
-        name = (option.name or "output").removesuffix("_file")
+    if path is None:
+        return path
+    name = (option.name or "output").removesuffix("_file")
+    if not path.parent.is_dir():
         raise ConfigError(f"{name}: no folder {path.parent}; create it first")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ConfigError(f"{name}: {path} cannot be written; give another file")
     return path
 
 

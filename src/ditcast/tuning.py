@@ -157,7 +157,8 @@ def search(
     """Run trials until so many have been finished, or the time is up; returns all, in order.
 
     The `first` one is given: what is found is never worse than that. `folder` holds the study: the
-    same call goes on where an earlier one was killed.
+    same call goes on where an earlier one was killed. `seconds` are those of all calls together,
+    a killed trial's not among them, so that what was killed gets no more time than what was not.
 
     Raises:
         BundleError: the folder holds a search for something else.
@@ -174,13 +175,16 @@ def search(
         states = optuna.trial.TrialState
         for trial in study.get_trials(states=(states.RUNNING,)):  # killed in the middle
             study.tell(trial.number, state=states.FAIL)
-        started = time.monotonic()
-        while (number := len(_finished(study))) < trials and time.monotonic() - started < seconds:
+        while (number := len(_finished(study))) < trials and _spent(study) < seconds:
+            started = time.monotonic()
             if number == 0:
                 given = {k: v for k, v in first.keys().items() if k not in goal.fixed}
                 study.enqueue_trial(given)
             study.sampler = optuna.samplers.TPESampler(seed=number, n_startup_trials=8)
-            _run(study, study.ask(), goal, measure, steps)
+            outcome = _run(study, study.ask(), goal, measure, steps)
+            study.set_user_attr("seconds", _spent(study) + time.monotonic() - started)
+            left = _left(study, trials, seconds)
+            say(f"tuning: {number + 1} of {trials} done, at most {left:.0f} s left; {outcome}")
         return _finished(study)
     finally:
         storage.remove_session()
@@ -193,8 +197,11 @@ def _run(
     goal: Goal,
     measure: Callable[[Point], Iterator[dict[str, float]]],
     steps: int,
-) -> None:
-    """One trial: given up early where it is hopeless, not measured again where it is known."""
+) -> str:
+    """One trial: given up early where it is hopeless, not measured again where it is known.
+
+    Returns its outcome in words.
+    """
     point = suggest(trial, goal.fixed, steps)
     known = [found for found in _finished(study) if found["point"] == asdict(point)]
     figures = {key: known[0][key] for key in ("speedup", "psnr_db", "samples")} if known else {}
@@ -206,9 +213,20 @@ def _run(
     # A point that loses too much is worth less than any that does not, the more so the more.
     short = goal.min_psnr - figures["psnr_db"]
     study.tell(trial, figures["speedup"] if short <= 0 else -short)
-    if not known:
-        speed = f"{figures['speedup']:.2f}x at {figures['psnr_db']:.1f} dB"
-        say(f"tuning: {describe(point)}: {speed}" + (", loses too much" if short > 0 else ""))
+    speed = f"{figures['speedup']:.2f}x at {figures['psnr_db']:.1f} dB"
+    said = ("again, " if known else "") + describe(point)
+    return f"{said}: {speed}" + (", loses too much" if short > 0 else "")
+
+
+def _spent(study: Any) -> float:
+    """Seconds of all finished trials, of this call and those before it."""
+    return float(study.user_attrs.get("seconds", 0.0))
+
+
+def _left(study: Any, trials: int, seconds: float) -> float:
+    """Seconds to the end if further trials take as long as those so far, or to the deadline."""
+    done, spent = len(_finished(study)), _spent(study)
+    return max(min(seconds - spent, (trials - done) * spent / done), 0.0)
 
 
 def start(base: Recipe) -> Point:

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from ditcast.bundle import Bundle
-from ditcast.options import BUNDLE, ENGINE_BACKENDS
+from ditcast.options import BUNDLE, ENGINE_BACKENDS, QUIET
 from ditcast.progress import say
 
 
@@ -25,6 +25,7 @@ from ditcast.progress import say
 @click.option(
     "--trust-engines", is_flag=True, help="deploy TensorRT plans that this user has not built"
 )
+@QUIET
 def deploy(bundle: Path, server: str, place: Path, backend: str, trust_engines: bool) -> None:
     """Write a server's model repository of a bundle into DIR, which is new or empty."""
     from ditcast.runtime import triton

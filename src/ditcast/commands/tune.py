@@ -35,7 +35,11 @@ def _share(context: click.Context, option: click.Parameter, value: float) -> flo
 @click.option(
     "--trials", type=click.IntRange(1), default=40, show_default=True, help="how many to make"
 )
-@click.option("--minutes", type=click.FloatRange(0, min_open=True), help="stop after so long")
+@click.option(
+    "--minutes",
+    type=click.FloatRange(0, min_open=True),
+    help="stop after so long, all runs of the command together",
+)
 @click.option(
     "--images", type=click.IntRange(1), default=32, show_default=True, help="to measure a trial on"
 )
