@@ -1,8 +1,7 @@
-"""What README and guide show is run: all Python, and the commands of the base install.
+"""What README and docs show is run: all Python, and every command that needs no GPU and no server.
 
-Of the other commands `tests/test_docs.py` checks that they are taken. They are not run here since
-they take minutes with their defaults (compile, calibrate, tune), or need a GPU (TensorRT) or a
-server; tests of their own run them with small recipes.
+Commands that take minutes with their defaults (compile, tune) run with fewer steps, rows and
+images. Of the rest `tests/test_docs.py` checks that they are taken.
 """
 
 from __future__ import annotations
@@ -10,16 +9,22 @@ from __future__ import annotations
 import shlex
 import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from diffusers import DDPMScheduler, DiTTransformer2DModel
 
 from tests.conftest import TINY, Cli
-from tests.test_docs import PAGES, ROOT, blocks
+from tests.test_docs import PAGES, ROOT, blocks, shown
 
 README = ROOT / "README.md"
 GUIDE = ROOT / "docs" / "guide.md"  # of its Python, one makes the bundle that others use
+
+KEYS = {"steps": 6, "samples": 4, "batch": 2, "interval": 2, "images": 4}
+SMALL = [f"--{key}={value}" for key, value in (KEYS | {"rows": 12, "iterations": 2}).items()]
+FEWER = [*(f"--{key}={value}" for key, value in KEYS.items()), "--trials=2", "--scheme=w8a8"]
+LONG = {"compile": SMALL, "tune": FEWER}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -54,3 +59,47 @@ def test_commands_of_the_base_install(cli: Cli) -> None:
             shutil.copytree("my.bundle", "other.bundle")
         found = cli(name, *arguments)
         assert found.code in ((0, 1) if name == "gate" else (0,)), found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "words",
+    [
+        words
+        for _, words in sorted({" ".join(w): w for w in shown("ditcast") if w[0] in LONG}.items())
+    ],
+    ids=" ".join,
+)
+def test_commands_that_take_minutes(
+    cli: Cli, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a small recipe, each where no other one has left a bundle."""
+    shutil.copytree("path", tmp_path / "path")
+    monkeypatch.chdir(tmp_path)
+    recipe = next(text for text in blocks(README, "yaml") if "rules:" in text)
+    (tmp_path / "recipe.yaml").write_text(recipe)
+    (tmp_path / "tuned").mkdir()
+    if "tuned/recipe.yaml" in words:
+        (tmp_path / "tuned" / "recipe.yaml").write_text("scheme: w8a8\ncache: taylor\n")
+    found = cli(*words, *LONG[words[0]])
+    assert found.code == 0, found
+
+
+@pytest.mark.slow
+def test_engines_without_a_gpu(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The commands that build and audit for other machines, behind the compile before them."""
+    pytest.importorskip("tensorrt_rtx")
+    shutil.copytree("path", tmp_path / "path")
+    monkeypatch.chdir(tmp_path)
+    rtx = [words for words in shown("ditcast") if "tensorrt-rtx" in words]
+    assert {words[0] for words in rtx} == {"build", "audit"}
+    for words in rtx:
+        if not Path(words[1]).is_dir():
+            (made,) = {
+                tuple(w)
+                for w in shown("ditcast")
+                if w[0] == "compile" and "tensorrt" in w and words[1] in w
+            }
+            assert cli(*made, *SMALL).code == 0
+        found = cli(*words)
+        assert found.code == 0, found

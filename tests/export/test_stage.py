@@ -355,6 +355,14 @@ def test_a_quantized_graph_is_closer_to_its_simulation_than_to_the_float_model(
         parity.measure(identity, {"x": unquantized}, {"y": simulated}, {"y": unquantized})
 
 
+def test_an_output_before_which_nothing_is_quantized(identity: GraphFile) -> None:
+    """As of a first block in float: it is held to the limit of float graphs."""
+    y = torch.tensor([0.0, 0.5, 1.0])
+    parity.measure(identity, {"x": y + 1e-6}, {"y": y}, {"y": y})
+    with pytest.raises(ParityError, match=r"1.0e-03, expected .* of y, before which nothing is qu"):
+        parity.measure(identity, {"x": y + 1e-3}, {"y": y}, {"y": y})
+
+
 @pytest.mark.parametrize("keys", [{}, {"fsc": "all"}], ids=["one range", "a range per step"])
 def test_a_quantized_last_layer_is_quantized_in_reuse_steps_too(
     tiny: LoadedModel, tmp_path: Path, keys: dict[str, Any]
