@@ -12,7 +12,7 @@ from ditcast.bundle import Bundle
 from ditcast.calibrate import cache, features, qparams, tap, tib
 from ditcast.calibrate.balance import balanced_layers, factors
 from ditcast.calibrate.blocks import Rows, Walk
-from ditcast.calibrate.collect import Watch, collect, draw_labels, followed
+from ditcast.calibrate.collect import Watch, check_finite, collect, draw_labels, followed
 from ditcast.calibrate.methods import METHODS
 from ditcast.calibrate.qparams import LayerScales, QParams
 from ditcast.calibrate.ranges import CHANNELS, INPUTS, OBSERVERS
@@ -34,7 +34,8 @@ def calibrate(bundle: Bundle, model: LoadedModel) -> None:
     """Find all that the bundle's recipe asks for: scales, and what the cache's plan needs.
 
     Raises:
-        ConfigError: a recipe that does not fit the model, NaN or Inf in a trajectory.
+        ConfigError: a recipe that does not fit the model, NaN or Inf in a trajectory or in the
+            temporal features.
         BundleError: an interrupted calibration of something else, another process that writes to
             the bundle, or a full disk.
     """
@@ -189,6 +190,7 @@ class _Calibration:
 
     def _tib(self, found: QParams, scales: dict[str, LayerScales]) -> QParams:
         """The TIB by itself: TIAR where the method reconstructs, then its ranges."""
+        self._check_features(self._tib_labels())
         if self.method.reconstruct and scales:
             with counting("reconstructing the TIB", self.recipe.iterations) as advance:
                 scales = tib.tiar(
@@ -203,6 +205,12 @@ class _Calibration:
                 )
         return self._tib_ranges(found, scales)
 
+    def _check_features(self, labels: Tensor) -> None:
+        """Refuse temporal features that are not finite, before they are rounded."""
+        for step, t in enumerate(self.timesteps):
+            own = self.adapter.temporal.own(t[None], labels)
+            check_finite(own, "the temporal features", step)
+
     def _tib_labels(self) -> Tensor:
         return tib.draw_labels(self.adapter, self.timesteps, self.recipe.seed)
 
@@ -214,6 +222,7 @@ class _Calibration:
     def _store(self, found: QParams) -> QParams:
         """Stored features, and the TIB where it is better, if it is there at all."""
         labels = features.check_store(self.model, self.recipe)
+        self._check_features(torch.tensor(labels))
         bits = self.recipe.feature_bits()
         stored = features.store(self.adapter, self.timesteps, labels, bits)
         if self.recipe.temporal == "select":
