@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,7 +50,7 @@ def collect(bundle: Bundle, model: LoadedModel, name: str, watches: Sequence[Wat
     the full step before them there.
 
     Raises:
-        ConfigError: NaN or Inf in a trajectory.
+        ConfigError: NaN or Inf in a trajectory, also in a layer that no watch is of.
         BundleError: an interrupted calibration of another model or recipe.
     """
     recipe, fingerprint = bundle.manifest.recipe, bundle.manifest.fingerprint()
@@ -62,14 +62,23 @@ def collect(bundle: Bundle, model: LoadedModel, name: str, watches: Sequence[Wat
     done = resume(progress, fingerprint, states)
     labels = draw_labels(recipe, model.adapter.num_classes)
     batches = range(done, recipe.samples, recipe.batch)
+    layers = model.adapter.layers()
     if done:
         say(f"calibrating: resuming after {done} of {recipe.samples} trajectories")
     with counting("calibrating", len(batches) * recipe.steps) as advance:
         for first in batches:
             last = min(first + recipe.batch, recipe.samples)
-            with _watching(watches, states, advance) as callback:
+            with _watching(watches, states, layers, advance) as callback:
                 indices = range(first, last)
-                follow(model, recipe, indices, labels[first:last], plan=plan, callback=callback)
+                follow(
+                    model,
+                    recipe,
+                    indices,
+                    labels[first:last],
+                    plan=plan,
+                    correct=_finite_sample,
+                    callback=callback,
+                )
             for watch in watches:
                 states[watch.name] = [
                     watch.observer.end_batch(s) if s else s for s in states[watch.name]
@@ -93,9 +102,16 @@ def followed(bundle: Bundle) -> StepPlan:
 
 @contextlib.contextmanager
 def _watching(
-    watches: Sequence[Watch], states: States, advance: Callable[[], None]
+    watches: Sequence[Watch],
+    states: States,
+    layers: Mapping[str, nn.Module],
+    advance: Callable[[], None],
 ) -> Iterator[Callable[[int, bool], None]]:
-    """While active, every input goes to its observer; yields the step callback."""
+    """While active, every input goes to its observer; yields the step callback.
+
+    The inputs of all layers are looked through, so that the first one with NaN or Inf is named,
+    whichever the pass is about.
+    """
     current = 0
 
     def next_step(done: int, full: bool) -> None:
@@ -104,22 +120,34 @@ def _watching(
         current = done + 1
         advance()
 
+    def check_of(name: str) -> torch.utils.hooks.RemovableHandle:
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            del module
+            check_finite(args[0], f"the input of layer {name}", current)
+
+        return layers[name].register_forward_pre_hook(hook)
+
     def hook_of(watch: Watch) -> torch.utils.hooks.RemovableHandle:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             del module
-            check_finite(args[0], f"the input of layer {watch.name}", current)
             found = states[watch.name]
             i = current if watch.stepwise else 0
             found[i] = watch.observer.observe(found[i], args[0])
 
         return watch.module.register_forward_pre_hook(hook)
 
-    hooks = [hook_of(watch) for watch in watches]
+    hooks = [check_of(name) for name in layers] + [hook_of(watch) for watch in watches]
     try:
         yield next_step
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _finite_sample(step: int, x: Tensor) -> Tensor:
+    """A sample as it is, if it is finite: what the last layer gives has no layer behind it."""
+    check_finite(x, "the sample", step)
+    return x
 
 
 def check_finite(x: Tensor, what: str, step: int) -> None:

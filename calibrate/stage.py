@@ -12,7 +12,16 @@ from ditcast.bundle import Bundle
 from ditcast.calibrate import cache, features, qparams, tap, tib
 from ditcast.calibrate.balance import balanced_layers, factors
 from ditcast.calibrate.blocks import Rows, Walk
-from ditcast.calibrate.collect import Watch, collect, draw_labels, followed
+from ditcast.calibrate.collect import (
+    States,
+    Watch,
+    check_finite,
+    collect,
+    draw_labels,
+    followed,
+    keep,
+    resume,
+)
 from ditcast.calibrate.methods import METHODS
 from ditcast.calibrate.qparams import LayerScales, QParams
 from ditcast.calibrate.ranges import CHANNELS, INPUTS, OBSERVERS
@@ -34,7 +43,8 @@ def calibrate(bundle: Bundle, model: LoadedModel) -> None:
     """Find all that the bundle's recipe asks for: scales, and what the cache's plan needs.
 
     Raises:
-        ConfigError: a recipe that does not fit the model, NaN or Inf in a trajectory.
+        ConfigError: a recipe that does not fit the model, NaN or Inf in a trajectory or in the
+            temporal features.
         BundleError: an interrupted calibration of something else, another process that writes to
             the bundle, or a full disk.
     """
@@ -45,8 +55,8 @@ def calibrate(bundle: Bundle, model: LoadedModel) -> None:
 def _quantize(bundle: Bundle, model: LoadedModel) -> None:
     """Quantize by the bundle's recipe and commit what was found; does nothing where it is there.
 
-    An interrupted run is taken up after its last whole batch of trajectories or its last
-    reconstructed part.
+    An interrupted run is taken up after its last whole batch of trajectories, the reconstructed
+    TIB, or its last reconstructed part.
     """
     recipe, manifest = bundle.manifest.recipe, bundle.manifest
     precision = choose_precision(model, recipe)
@@ -189,19 +199,41 @@ class _Calibration:
 
     def _tib(self, found: QParams, scales: dict[str, LayerScales]) -> QParams:
         """The TIB by itself: TIAR where the method reconstructs, then its ranges."""
+        self._check_features(self._tib_labels())
         if self.method.reconstruct and scales:
-            with counting("reconstructing the TIB", self.recipe.iterations) as advance:
-                scales = tib.tiar(
+            scales = self._tiar(scales)
+        return self._tib_ranges(found, scales)
+
+    def _tiar(self, scales: dict[str, LayerScales]) -> dict[str, LayerScales]:
+        """The same with learned codes, or with those that an interrupted run has learned."""
+        recipe, fingerprint = self.recipe, self.bundle.manifest.fingerprint()
+        file = self.bundle.scratch("calibration") / "tib.safetensors"
+        states: States = {name: [{}] for name in scales}
+        if not resume(file, fingerprint, states):
+            with counting("reconstructing the TIB", recipe.iterations) as advance:
+                learned = tib.tiar(
                     self.adapter,
                     scales,
                     self.timesteps,
                     self._tib_labels(),
-                    init=self.recipe.init,
-                    iterations=self.recipe.iterations,
-                    seed=self.recipe.seed,
+                    init=recipe.init,
+                    iterations=recipe.iterations,
+                    seed=recipe.seed,
                     advance=advance,
                 )
-        return self._tib_ranges(found, scales)
+            for name, held in learned.items():
+                assert held.codes is not None
+                states[name][0]["codes"] = held.codes
+            keep(file, fingerprint, states, done=1)
+        return {
+            name: replace(held, codes=states[name][0]["codes"]) for name, held in scales.items()
+        }
+
+    def _check_features(self, labels: Tensor) -> None:
+        """Refuse temporal features that are not finite, before they are rounded."""
+        for step, t in enumerate(self.timesteps):
+            own = self.adapter.temporal.own(t[None], labels)
+            check_finite(own, "the temporal features", step)
 
     def _tib_labels(self) -> Tensor:
         return tib.draw_labels(self.adapter, self.timesteps, self.recipe.seed)
@@ -214,6 +246,7 @@ class _Calibration:
     def _store(self, found: QParams) -> QParams:
         """Stored features, and the TIB where it is better, if it is there at all."""
         labels = features.check_store(self.model, self.recipe)
+        self._check_features(torch.tensor(labels))
         bits = self.recipe.feature_bits()
         stored = features.store(self.adapter, self.timesteps, labels, bits)
         if self.recipe.temporal == "select":

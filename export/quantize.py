@@ -77,12 +77,6 @@ class _Pairs(NamedTuple):
 
     def convolution(self, conv: gs.Node, kernel: Codes) -> None:
         """The same for a convolution with a kernel (O, C, kh, kw), in the form of the target."""
-        if self.scales.activation is None and self.target.typed:
-            raise UnsupportedError(
-                f"export: layer {self.layer} is a convolution with {self.scales.bits.weight}-bit "
-                "weights and float inputs, for which target tensorrt has no kernel; use scheme "
-                f"w8a8 or w4a8, or the rule {{pattern: {self.layer}, precision: w8a8}}"
-            )
         if self.scales.activation is None or not self.target.unfolds:
             self.input_of(conv)
             conv.inputs[1] = self.kernel(kernel)
@@ -136,7 +130,7 @@ class _Pairs(NamedTuple):
         if narrow and self.target.typed:
             if floats:
                 codes, axis = as_int4(codes), 0
-                scale, blocks["block_size"] = block_scales(self.layer, scale, len(values))
+                scale, blocks["block_size"] = block_scales(scale, len(values))
         elif narrow:
             codes = as_int4(codes)
             if not floats:

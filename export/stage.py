@@ -27,7 +27,7 @@ from ditcast.export.loop import sampler_graph
 from ditcast.export.probes import Probe, loop_probe, make_probes, short_steps
 from ditcast.export.quantize import insert_qdq
 from ditcast.export.store import WeightStore, check_disk
-from ditcast.export.targets import TARGETS, check_targets, encodings
+from ditcast.export.targets import TARGETS, check_products, check_weights, encodings
 from ditcast.export.tensorrt import KEPT, lower
 from ditcast.export.trace import trace
 from ditcast.manifest import REFERENCE, WEIGHTS, Graph
@@ -50,6 +50,7 @@ def to_onnx(bundle: Bundle, model: LoadedModel, targets: Sequence[str] = DEFAULT
 
     Raises:
         ConfigError: no such target, or one that cannot run the recipe's scheme.
+        UnsupportedError: a target that cannot hold a layer's 4-bit weights.
         BundleError: the bundle's recipe quantizes but it was not calibrated, or the disk is too
             small.
         ParityError: a graph does not compute what the model computes.
@@ -60,6 +61,8 @@ def to_onnx(bundle: Bundle, model: LoadedModel, targets: Sequence[str] = DEFAULT
     bundle.clear()  # what an interrupted export staged takes up the disk that is checked here
     check_disk(bundle, model, len(due))
     qparams = _qparams(bundle, model)
+    bits = {name: held.bits for name, held in qparams.layers.items()}
+    check_weights(due, model.adapter, bits, bundle.manifest.recipe.group)
     if missing(bundle.manifest):
         raise BundleError(
             f"export: {bundle.path} is not calibrated for its cache; "
@@ -79,7 +82,7 @@ def to_onnx(bundle: Bundle, model: LoadedModel, targets: Sequence[str] = DEFAULT
 
 def _due(bundle: Bundle, targets: Sequence[str]) -> tuple[list[str], set[str]]:
     """The targets to export, and those that the bundle holds and keeps."""
-    check_targets(targets, bundle.manifest.recipe)
+    check_products(targets, bundle.manifest.recipe)
     graphs, made_from = bundle.manifest.graphs, bundle.graphs_made_from()
     held = {graph.target for graph in graphs}
     wanted = held | {REFERENCE, *targets}

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from ditcast.calibrate.qparams import QParams
-from ditcast.errors import ConfigError
-from ditcast.export.tensorrt import weight_only
+from ditcast.calibrate.stage import choose_precision
+from ditcast.errors import ConfigError, UnsupportedError
+from ditcast.export.tensorrt import INT4, cannot_hold, weight_only
 from ditcast.manifest import REFERENCE
-from ditcast.models import Adapter
+from ditcast.models import Adapter, LoadedModel
 from ditcast.progress import tell
-from ditcast.recipe import PRECISIONS, Recipe
+from ditcast.recipe import PRECISIONS, Bits, Recipe
 
 
 class Target(NamedTuple):
@@ -43,8 +44,22 @@ TARGETS: dict[str, Target] = {
 }
 
 
-def check_targets(targets: Sequence[str], recipe: Recipe) -> None:
-    """Refuse targets that cannot run what the recipe asks for.
+def check_targets(targets: Sequence[str], model: LoadedModel, recipe: Recipe) -> None:
+    """Refuse targets that cannot run what the recipe asks for, before the long work.
+
+    Raises:
+        ConfigError: an unknown one, one without products of 8-bit floats, or rules that do not
+            fit the model's layers.
+        UnsupportedError: one that cannot hold a layer's 4-bit weights.
+    """
+    check_products(targets, recipe)
+    kinds = choose_precision(model, recipe)
+    bits = {name: PRECISIONS[kind] for name, kind in kinds.items()}
+    check_weights(targets, model.adapter, bits, recipe.group)
+
+
+def check_products(targets: Sequence[str], recipe: Recipe) -> None:
+    """Refuse targets whose kernels do not multiply what the recipe asks for.
 
     Raises:
         ConfigError: an unknown one, or one without products of 8-bit floats.
@@ -60,6 +75,27 @@ def check_targets(targets: Sequence[str], recipe: Recipe) -> None:
             f"target: got {unable[0]} with {floats[0]}, whose products it cannot run; expected "
             f"{' or '.join(able)}: give --target {able[0]}, or compile with --scheme w8a8"
         )
+
+
+def check_weights(
+    targets: Sequence[str], adapter: Adapter, bits: Mapping[str, Bits], group: int
+) -> None:
+    """Refuse targets that cannot hold the 4-bit weights of some of these layers.
+
+    Raises:
+        UnsupportedError: naming the first such layer.
+    """
+    typed = [target for target in targets if TARGETS[target].typed]
+    able = [name for name, target in TARGETS.items() if target.dtype and not target.typed]
+    layers = {**adapter.layers(), **adapter.temporal_linears()}
+    for name, wide in bits.items():
+        reason = cannot_hold(layers[name], wide, group) if 0 < wide.weight <= INT4 else ""
+        if typed and reason:
+            raise UnsupportedError(
+                f"target: got {typed[0]}, but layer {name} {reason}; give --target "
+                f"{' or '.join(able)}, which can hold it, or the rule "
+                f"{{pattern: {name}, precision: w8a8}}"
+            )
 
 
 def encodings(

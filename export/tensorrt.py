@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 from torch import nn
 
 from ditcast.calibrate.qparams import QParams
-from ditcast.errors import UnsupportedError
 from ditcast.export.store import PACKED
 from ditcast.models.base import Layer
+from ditcast.recipe import Bits
 
 HALF = onnx.TensorProto.FLOAT16
 FLOAT = onnx.TensorProto.FLOAT
@@ -46,30 +46,41 @@ def weight_only(qparams: QParams, originals: Mapping[str, Layer]) -> QParams:
     return replace(qparams, layers=qparams.layers | narrow) if narrow else qparams
 
 
-def block_scales(
-    layer: str, scale: NDArray[np.float32], inputs: int
-) -> tuple[NDArray[np.float16], int]:
-    """Scales (G, O) of the blocks of a 4-bit weight (I, O), and how long these are.
+def cannot_hold(layer: Layer, bits: Bits, group: int) -> str:
+    """What keeps a layer of 4-bit weights, with this `group` of its recipe, out of an engine.
 
-    One scale per output channel, (O,), is repeated: TensorRT would dequantize such a weight when
-    it builds, and so it would with one block per channel.
+    Nothing, if its weights are 8 bits there or come in blocks.
+    """
+    if isinstance(layer, nn.Conv2d):
+        floats = bits.activation == 16
+        return "is a convolution with 4-bit weights and float inputs" if floats else ""
+    inputs = layer.in_features
+    if block_size(inputs, group):
+        return ""
+    sizes = f"at least two blocks of {', '.join(map(str, sorted(BLOCKS)))}"
+    got = f"{inputs} inputs" + (f" in groups of {group}" if group else "")
+    return f"has {got}, which are not {sizes}, as its 4-bit weights come in there"
 
-    Raises:
-        UnsupportedError: the inputs cannot be cut into such blocks.
+
+def block_size(inputs: int, group: int) -> int:
+    """How many inputs share a scale of a 4-bit weight, 0 where they cannot be cut into blocks.
+
+    A group of 0 leaves the choice. One block would be one scale per output channel: TensorRT
+    would dequantize such a weight when it builds.
     """
     sizes = [size for size in BLOCKS if inputs % size == 0 and size < inputs]
-    if scale.ndim > 1:
-        sizes = [size for size in sizes if size == inputs // len(scale)]
-    if not sizes:
-        got = f"{inputs} inputs" + (f" in {len(scale)} groups" if scale.ndim > 1 else "")
-        raise UnsupportedError(
-            f"export: layer {layer} has {got}, but the 4-bit weights of target tensorrt come in "
-            f"at least two blocks of {', '.join(map(str, sorted(BLOCKS)))}; give it a rule of "
-            "precision w8a8, or another --group"
-        )
+    return next((size for size in sizes if group in (0, size)), 0)
+
+
+def block_scales(scale: NDArray[np.float32], inputs: int) -> tuple[NDArray[np.float16], int]:
+    """Scales (G, O) of the blocks of a 4-bit weight (I, O), and how long these are.
+
+    One scale per output channel, (O,), is repeated.
+    """
+    size = block_size(inputs, inputs // len(scale) if scale.ndim > 1 else 0)
     if scale.ndim == 1:
-        scale = np.tile(scale, (inputs // sizes[0], 1))
-    return scale.astype(np.float16), sizes[0]
+        scale = np.tile(scale, (inputs // size, 1))
+    return scale.astype(np.float16), size
 
 
 def lower(graph: gs.Graph, name: str) -> None:

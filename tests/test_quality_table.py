@@ -65,12 +65,20 @@ def test_a_table_goes_on_where_it_stopped(
     float_tib, tib = found["runs"].values()
     assert float_tib["features"] is None
     assert 0.9 < tib["features"]["cosine_min"] <= tib["features"]["cosine_mean"] <= 1
+    each = tib["features"]["cosine_per_step"]
+    assert len(each) == 3
+    assert (min(each), sum(each) / 3) == pytest.approx(
+        (tib["features"]["cosine_min"], tib["features"]["cosine_mean"])
+    )
+    assert found["summary"][1]["cosine_per_step"] == each
     assert tib["samples"] == KEYS["images"]
     assert tib["calibration"]["peak_memory_mib"] >= tib["calibration"]["loaded_memory_mib"]
     (reference,) = found["references"].values()
     worst = max(bad["psnr_db"]["p50"] for bad in reference["sanity"].values())
     assert worst < min(run["psnr_db"]["p10"] for run in found["runs"].values())
-    assert "w8a8" in (tmp_path / "page.html").read_text()
+    page = (tmp_path / "page.html").read_text()
+    assert "w8a8" in page
+    assert '"name":"absmax-tib, w8a8"' in page
 
     with pytest.raises(SystemExit):
         table("absmax", images=6)
@@ -89,6 +97,7 @@ def test_half_a_calibration_is_made_afresh(table: Table, tmp_path: Path) -> None
 def test_exact_features_do_not_turn(tool: Callable[[str], ModuleType], tiny: LoadedModel) -> None:
     recipe = make({"steps": 4, "cache": "none"})
     found = tool("quality_run").compare_features(tiny, recipe, QParams(), [0, 1, 1])
+    assert found.pop("cosine_per_step") == pytest.approx([1] * 4)
     assert found == pytest.approx({"cosine_mean": 1, "cosine_min": 1, "nearest_share": 1})
 
 

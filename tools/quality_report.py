@@ -15,6 +15,7 @@ from ditcast.errors import optional
 Row = dict[str, Any]
 DISTANCES = ("fd_to_fp", "kd_to_fp", "fd_to_real", "kd_to_real")
 FEATURES = ("cosine_mean", "cosine_min", "nearest_share")
+CURVE = "cosine_per_step"  # runs of older reports have none
 COSTS = ("seconds", "peak_memory_mib")
 WIDTH = 170
 FULL = "full precision"
@@ -41,6 +42,8 @@ def summarise(runs: Iterable[Row], order: list[str]) -> list[Row]:
                 }
         if of[0]["features"] is not None:
             row["features"] = {k: _over([run["features"][k] for run in of]) for k in FEATURES}
+            curves = [run["features"][CURVE] for run in of if CURVE in run["features"]]
+            row[CURVE] = np.mean(curves, axis=0).tolist() if curves else None
         row["calibration"] = {k: _over([run["calibration"][k] for run in of]) for k in COSTS}
         rows.append(row)
     return rows
@@ -157,15 +160,16 @@ PANELS: dict[str, tuple[Callable[[Row], Row | None], str]] = {
     "1 - mean feature cosine": (_turned, "log"),
     "calibration, s": (lambda row: row["calibration"]["seconds"], "log"),
 }
+TURNED = "1 - feature cosine at each step"
 
 
 def plot(report: dict[str, Any], path: Path) -> None:
     """A page: methods side by side, one panel per measure and step count, one colour per scheme."""
     graph = optional("plotly.graph_objects", "report")
     rows, steps = report["summary"], sorted({row["steps"] for row in report["summary"]})
-    titles = [f"{title}, {count} steps" for title in PANELS for count in steps]
+    titles = [f"{title}, {count} steps" for title in (*PANELS, TURNED) for count in steps]
     figure = optional("plotly.subplots", "report").make_subplots(
-        rows=len(PANELS), cols=len(steps), subplot_titles=titles, vertical_spacing=0.08
+        rows=len(PANELS) + 1, cols=len(steps), subplot_titles=titles, vertical_spacing=0.08
     )
     colours = optional("plotly.colors", "report").qualitative.D3
     schemes = list(dict.fromkeys(row["scheme"] for row in rows))
@@ -187,11 +191,29 @@ def plot(report: dict[str, Any], path: Path) -> None:
                 )
                 figure.add_trace(trace, row=line, col=column)
             figure.update_yaxes(type=kind, row=line, col=column)
+    for column, count in enumerate(steps, start=1):
+        for row in (row for row in rows if row["steps"] == count and row.get(CURVE)):
+            colour = dict(zip(schemes, colours, strict=False))[row["scheme"]]
+            trace = _curve(row, colour)
+            figure.add_trace(trace, row=len(PANELS) + 1, col=column)
+        figure.update_yaxes(type="log", row=len(PANELS) + 1, col=column)
     request, machine = report["request"], report["machine"]
     figure.update_layout(
         title=f"{request['model']}, {request['images']} images per run, {machine['cpu']}, "
         f"{machine['date']}; bars: standard deviation over calibration seeds",
         template="plotly_white",
-        height=380 * len(PANELS),
+        height=380 * (len(PANELS) + 1),
     )
     figure.write_html(path, include_plotlyjs=True)
+
+
+def _curve(row: Row, colour: str) -> Any:
+    """How far the temporal features of each step turn, the noisiest step first."""
+    return optional("plotly.graph_objects", "report").Scatter(
+        y=[1 - cosine for cosine in row[CURVE]],
+        name=f"{row['method']}, {row['scheme']}",
+        legendgroup=row["scheme"],
+        showlegend=False,
+        mode="lines",
+        line={"color": colour},
+    )

@@ -118,11 +118,12 @@ def sampled(model: LoadedModel, recipe: Recipe, labels: Sequence[int]) -> Sample
 @torch.no_grad()
 def compare_features(
     model: LoadedModel, recipe: Recipe, found: QParams, labels: Sequence[int]
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """How far temporal features turn: e of full precision, e_q of `found`.
 
-    `cosine_mean` and `cosine_min` are those over steps of cos(e[t], e_q[t]), a mean over labels;
-    `nearest_share` is how often, of all t', e[t'] is nearest to e_q[t] at t' = t.
+    `cosine_per_step` is cos(e[t], e_q[t]), a mean over labels, with the noisiest step first;
+    `cosine_mean` and `cosine_min` are those over steps of it; `nearest_share` is how often, of all
+    t', e[t'] is nearest to e_q[t] at t' = t.
     """
     steps = torch.from_numpy(from_config(model.scheduler).timesteps(recipe.steps)).float()
     used = [*sorted(set(labels))[:COMPARED_LABELS], model.adapter.num_classes]
@@ -140,6 +141,7 @@ def compare_features(
     return {
         "cosine_mean": float(per_step.mean()),
         "cosine_min": float(per_step.min()),
+        "cosine_per_step": per_step.tolist(),
         "nearest_share": float(torch.stack(nearest).double().mean()),
     }
 

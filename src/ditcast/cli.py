@@ -234,7 +234,7 @@ def _start(
     from ditcast.export.targets import check_targets
     from ditcast.models.base import describe
 
-    check_targets(targets, recipe)
+    check_targets(targets, loaded, recipe)
     check(loaded, recipe)
     manifest = describe(loaded, recipe)
     warn_of_idle_cache(recipe.cache, recipe_plan(manifest), strict)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ditcast import recipe as recipes
 from ditcast.bundle import Bundle
-from ditcast.calibrate import adaround, blocks, calibrate, qparams
+from ditcast.calibrate import adaround, blocks, calibrate, qparams, tib
 from ditcast.calibrate.collect import Watch, collect, draw_labels
 from ditcast.calibrate.ranges import CHANNELS, INPUTS, OBSERVERS
 from ditcast.calibrate.trajectory import sample
@@ -23,6 +23,7 @@ from ditcast.schedule import from_config
 from tests.conftest import RECIPE
 
 QUICK: dict[str, Any] = {"iterations": 4, "rows": 12, "steps": 4}
+TIAR = QUICK | {"method": "tfmq", "temporal": "tib"}
 
 
 def start(model: LoadedModel, path: Path, **keys: Any) -> Bundle:
@@ -66,6 +67,7 @@ def interrupt(
         ({"method": "mse", "fsc": "all"}, "states.safetensors"),
         ({"balance": "ptq4dit"}, "channels.safetensors"),
         ({"balance": "ptq4dit"}, "states.safetensors"),
+        ({"method": "tfmq", "temporal": "tib"}, "tib.safetensors"),
         ({"method": "tfmq", "temporal": "tib"}, "inputs.safetensors"),
         ({"method": "tfmq", "temporal": "tib"}, "part-000.safetensors"),
         ({"method": "brecq", "fsc": "all"}, "part-000.safetensors"),
@@ -110,14 +112,30 @@ def test_reconstructed_parts_are_not_made_again(
     assert calls == [4]
 
 
-def test_an_unreadable_part_is_made_again(
+def test_a_reconstructed_tib_is_not_made_again(
     tiny: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    interrupt(tiny, tmp_path / "b", TIAR, "tib.safetensors", monkeypatch)
+    monkeypatch.setattr(tib, "tiar", None)
+    calibrate(Bundle.open(tmp_path / "b"), tiny)
+    assert Bundle.open(tmp_path / "b").manifest.quantization is not None
+
+
+@pytest.mark.parametrize(
+    ("keys", "part"),
+    [(QUICK | {"method": "tfmq"}, "part-000.safetensors"), (TIAR, "tib.safetensors")],
+    ids=["part", "tib"],
+)
+def test_an_unreadable_part_is_made_again(
+    tiny: LoadedModel,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    keys: dict[str, Any],
+    part: str,
+) -> None:
     """What a dying disk left of a part is not fatal, only lost."""
-    keys = QUICK | {"method": "tfmq"}
     whole = start(tiny, tmp_path / "whole", **keys)
     calibrate(whole, tiny)
-    part = "part-000.safetensors"
     interrupt(tiny, tmp_path / "b", keys, part, monkeypatch)
     (tmp_path / "b" / ".staging" / "calibration" / part).write_bytes(b"not safetensors")
     resumed = Bundle.open(tmp_path / "b")
@@ -126,13 +144,22 @@ def test_an_unreadable_part_is_made_again(
 
 
 @pytest.mark.parametrize(
-    ("method", "saved"), [("tfmq", "part-000.safetensors"), ("absmax", "states.safetensors")]
+    ("keys", "saved"),
+    [
+        (QUICK | {"method": "tfmq"}, "part-000.safetensors"),
+        (QUICK | {"method": "absmax"}, "states.safetensors"),
+        (TIAR, "tib.safetensors"),
+    ],
+    ids=["part", "states", "tib"],
 )
 def test_work_on_another_recipe_is_refused(
-    tiny: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, saved: str
+    tiny: LoadedModel,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    keys: dict[str, Any],
+    saved: str,
 ) -> None:
     """Also where the manifest was removed in between, so that nothing else tells them apart."""
-    keys = QUICK | {"method": method}
     interrupt(tiny, tmp_path / "b", keys, saved, monkeypatch)
     (tmp_path / "b" / "manifest.json").unlink()
     other = start(tiny, tmp_path / "b", **(keys | {"seed": 1}))
@@ -231,9 +258,9 @@ def test_without_guidance_there_are_no_null_rows(
 def test_overflow_is_found_by_every_pass(
     tiny: LoadedModel, tmp_path: Path, watches: Callable[[], list[Watch]]
 ) -> None:
-    """The first module that sees it is named, with the step."""
+    """Whatever is watched."""
     bundle = start(tiny, tmp_path / "b", guidance=1e38)
-    with pytest.raises(ConfigError, match="NaN or Inf in the input of layer .* at step 1"):
+    with pytest.raises(ConfigError, match="NaN or Inf in the sample at step 0"):
         collect(bundle, tiny, "test", watches())
 
 

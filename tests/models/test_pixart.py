@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ditcast.errors import ConfigError, UnsupportedError
 from ditcast.models.base import features_size, first_skips, run_parts, vector_slices
@@ -80,6 +80,34 @@ def test_features_are_those_of_the_modules() -> None:
     tokens = model.caption_projection(table.embeds[labels]).flatten(1)
     behind = torch.cat([tokens, table.mask[labels].float()], dim=1).expand(2, -1, -1)
     torch.testing.assert_close(found[..., own:], behind, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS.keys())
+@torch.no_grad()
+def test_the_extracted_tib_is_what_blocks_are_given(changes: dict[str, Any]) -> None:
+    """That of the original, to the last bit, plus each block's own table, as the block adds it.
+
+    The embedding of the size is computed once, for one row: there, the product's last bit differs.
+    """
+    model, given = untrained(**changes), list[Tensor]()
+
+    def watch(module: nn.Module, args: Any, output: tuple[Tensor, Tensor]) -> None:
+        del module, args
+        given.extend(output)
+
+    model.adaln_single.register_forward_hook(watch)
+    timesteps, labels = torch.tensor([7, 7, 7]), [0, 1, NULL]
+    predict(model, samples(3), 7, labels)
+    shared, embedded = given
+    blocks = [
+        (block.scale_shift_table[None] + shared.reshape(3, 6, -1)).flatten(1)
+        for block in model.transformer_blocks
+    ]
+    final = (model.scale_shift_table[None] + embedded[:, None]).flatten(1)
+    adapter = adapter_of(**changes)
+    for i, wanted in enumerate([*blocks, final]):
+        found = adapter.temporal.part(i, timesteps.float(), torch.tensor(labels))
+        assert (found - wanted).abs().max() <= (1e-7 if model.use_additional_conditions else 0)
 
 
 @torch.no_grad()

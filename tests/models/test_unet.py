@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
 from ditcast.errors import ConfigError, UnsupportedError
@@ -65,6 +66,29 @@ def test_adapter_is_the_model(changes: dict[str, Any]) -> None:
         assert forecast.shape == (1, 1, *adapter.slot_shape)
         torch.testing.assert_close(found, wanted, rtol=0, atol=2e-6)
         assert torch.equal(adapter.steps["reuse"](x, features, forecast[0]), found)
+
+
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS.keys())
+@torch.no_grad()
+def test_the_extracted_tib_is_that_of_the_residual_blocks(changes: dict[str, Any]) -> None:
+    """The tensors inside the original blocks, in the order of parts, to the last bit."""
+    model, seen = untrained(**changes), list[Tensor]()
+
+    def watch(module: nn.Module, args: Any, output: Tensor) -> None:
+        del module, args
+        seen.append(output)
+
+    for module in model.modules():
+        if isinstance(module, ResnetBlock2D):
+            module.time_emb_proj.register_forward_hook(watch)
+    timesteps, labels = torch.tensor([7, 444, 999]), torch.tensor([0, 3, 2])
+    adapter = adapter_of(**changes)
+    model(samples(adapter, 3), timesteps, labels if "num_class_embeds" in changes else None)
+    found = [adapter.temporal.part(i, timesteps.float(), labels) for i in range(len(adapter.parts))]
+    found = [features for features in found if features.shape[1]]
+    assert len(found) == len(seen) > 2
+    for ours, wanted in zip(found, seen, strict=True):
+        assert (ours - wanted).abs().max() == 0
 
 
 @torch.no_grad()
