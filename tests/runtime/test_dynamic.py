@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,13 +17,16 @@ import torch
 from ditcast import recipe as recipes
 from ditcast.bundle import Bundle
 from ditcast.cache import make_plan
+from ditcast.cache.fitted import of_target, save
 from ditcast.cache.stepping import GRAPHS, graphs, held
 from ditcast.calibrate import qparams
+from ditcast.calibrate.cache import FILE
 from ditcast.calibrate.collect import draw_labels
 from ditcast.calibrate.simulate import quantized
 from ditcast.calibrate.threshold import _polynomial
 from ditcast.calibrate.trajectory import follow, sample
 from ditcast.errors import ConfigError
+from ditcast.export import to_onnx
 from ditcast.manifest import REFERENCE
 from ditcast.models import LoadedModel
 from ditcast.models.dit_steps import estimate
@@ -71,6 +75,20 @@ def test_both_loops_give_the_same_bits(made: Bundle) -> None:
     for labels in (LABELS, LABELS[:1]):
         host = pipeline.sample(labels, seed=2)
         assert np.array_equal(host, pipeline.sample(labels, seed=2, loop="graph"))
+
+
+def test_the_graph_loop_counts_its_full_steps(made: Bundle, cli: Cli, tmp_path: Path) -> None:
+    """As the host loop does, batch by batch, so that a cache at work passes --strict there too."""
+    out, report = tmp_path / "out.npy", tmp_path / "out.json"
+    command = ("sample", made.path, "-o", out, "--labels", *LABELS, "--quiet", "--json", report)
+    done = cli(*command, "--loop", "graph", "--strict")
+    assert (done.code, done.err) == (0, "")
+    counts = json.loads(report.read_text())
+    pipeline = Pipeline(made)  # whose batches are of two
+    full = [full_of(pipeline, LABELS[i : i + 2], first=i)[1] for i in (0, 2)]
+    assert counts["full_steps"] == sum(map(sum, full)) / 2
+    assert counts["full_steps"] + counts["reuse_steps"] == STEPS
+    assert pipeline.full_steps == sum(full[1])
 
 
 def test_a_policy_reuses_and_stays_close(made: Bundle) -> None:
@@ -169,14 +187,6 @@ def test_a_threshold_belongs_to_its_policy(stacked: Bundle) -> None:
         Pipeline(stacked).sample([0], cache=static)
 
 
-def test_caches_that_memory_does_not_hold(made: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    """How much it would be, and what would fit."""
-    monkeypatch.setattr("ditcast.runtime.pipeline.available_memory_mib", lambda: 0.05)
-    match = r"cache: got \d+ MiB of kept outputs for 6 rows, expected at most the 0 MiB that are av"
-    with pytest.raises(ConfigError, match=match):
-        Pipeline(made).sample(LABELS)
-
-
 @pytest.fixture(scope="module")
 def stacked(tiny: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """A float bundle with a threshold of its own."""
@@ -231,6 +241,27 @@ def test_thresholds_that_decide_nothing(
         make_bundle(
             tiny, tmp_path / "b", scheme="none", cache="first-block", steps=6, threshold=threshold
         )
+
+
+@pytest.mark.parametrize(
+    ("threshold", "match"), [(1e-9, "never reused: all 6 steps were"), (1e9, "reused every step")]
+)
+def test_the_graph_loop_says_that_it_decided_nothing(
+    stacked: Bundle, tiny: LoadedModel, cli: Cli, tmp_path: Path, threshold: float, match: str
+) -> None:
+    """Its threshold is a constant; under --strict that is an error."""
+    path = tmp_path / "b"
+    shutil.copytree(stacked.path, path)
+    bundle = Bundle.open(path)
+    tables = of_target(bundle, REFERENCE)._replace(threshold=np.asarray(threshold, np.float32))
+    save(tables, tables, bundle.staged(FILE))
+    bundle.commit({})
+    to_onnx(bundle, tiny)
+    command = ("sample", path, "-o", tmp_path / "out.npy", "--labels", 0, "--loop", "graph")
+    done = cli(*command)
+    assert done.code == 0
+    assert f"warning: cache first-block {match}" in " ".join(done.err.split())
+    assert cli(*command, "--strict").code == 2
 
 
 def test_full_steps_fall_with_the_threshold(tiny: LoadedModel) -> None:
