@@ -131,6 +131,7 @@ class Pipeline:
             interval=self.recipe.interval,
             order=self.recipe.order,
             slots=len(self.model.slots),
+            placement=self.recipe.placement if policy == self.recipe.cache else "even",
         )
         if policy != self.recipe.cache:
             self._check_graphs(policy, found)

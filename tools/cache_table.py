@@ -45,8 +45,8 @@ if TYPE_CHECKING:
     from ditcast.distances import Distances
 
 FULL, FEWER, FITTED = "full precision", "fewer steps", "fitted"
-STATIC = ("none", "fora", "taylor")  # policies that every bundle can run
-POLICIES = ("fora", "taylor-1", "taylor-2", "taylor-3")  # a policy and its order
+STATIC = ("none", "fora", "deepcache", "taylor")  # policies that every bundle can run
+POLICIES = ("fora", "taylor-1", "taylor-2", "taylor-3", "deepcache")  # a policy and its order
 
 
 @dataclass

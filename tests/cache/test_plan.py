@@ -9,7 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ditcast import recipe as recipes
 from ditcast.cache import POLICIES, StepPlan, make_plan
+from ditcast.cache.taylor import schedule
 from ditcast.errors import ConfigError
 from ditcast.recipe import Recipe
 
@@ -29,6 +31,58 @@ def plan_of(
 def test_fora_computes_as_often_as_published(steps: int, interval: int, full_steps: int) -> None:
     """NFC of the paper's settings."""
     assert plan_of(steps, interval).full_steps == full_steps
+
+
+# methods/caching.md, 4.4: ceil(T / N) full steps, counted up from the first.
+DEEPCACHE = [
+    (50, 2, 25),
+    (50, 3, 17),
+    (50, 4, 13),
+    (50, 5, 10),
+    (50, 7, 8),
+    (20, 3, 7),
+    (50, 1, 50),
+]
+
+
+@pytest.mark.parametrize(("steps", "interval", "full_steps"), DEEPCACHE)
+@pytest.mark.parametrize("placement", ["even", "power"])
+def test_deepcache_computes_as_often_as_published(
+    steps: int, interval: int, full_steps: int, placement: str
+) -> None:
+    """In both placements; every other step repeats the newest full one's outputs."""
+    plan = make_plan("deepcache", steps=steps, interval=interval, slots=2, placement=placement)
+    assert plan.full_steps == full_steps
+    assert plan.history == 1
+    assert (plan.weights[~plan.full] == 1).all()
+
+
+def test_deepcache_places_full_steps_as_published() -> None:
+    """T=50, N=5: every fifth, or by powers of 1.4 around step 15 (caching.md, 4.4)."""
+    even, power = (
+        make_plan("deepcache", steps=50, interval=5, slots=1, placement=placement)
+        for placement in ("even", "power")
+    )
+    assert np.flatnonzero(even.full).tolist() == list(range(0, 50, 5))
+    assert np.flatnonzero(power.full).tolist() == [0, 5, 9, 13, 17, 21, 26, 31, 37, 43]
+
+
+@given(steps=st.integers(1, 300), data=st.data())
+def test_powers_fit_any_trajectory(steps: int, data: st.DataObject) -> None:
+    """Whatever the steps: as many full ones as without a power, the first among them."""
+    interval = data.draw(st.integers(1, steps))
+    plan = make_plan("deepcache", steps=steps, interval=interval, slots=1, placement="power")
+    assert plan.full_steps == -(-steps // interval)
+    assert plan.full[0]
+
+
+def test_powers_are_of_deepcache_only() -> None:
+    """In Python as in a recipe."""
+    match = "placement: got power with cache fora; expected cache deepcache"
+    with pytest.raises(ConfigError, match=match):
+        make_plan("fora", steps=6, interval=2, slots=1, placement="power")
+    with pytest.raises(ConfigError, match=match):
+        recipes.make({"cache": "fora", "placement": "power"})
 
 
 def test_fora_counts_down() -> None:
@@ -172,6 +226,14 @@ def test_taylor_computes_as_often_as_published(interval: int, full_steps: int) -
     assert plan.full[:2].all()
 
 
+@pytest.mark.parametrize(("interval", "full_steps"), [(4, 14), (5, 12), (6, 10), (9, 8)])
+def test_a_longer_warm_up_is_as_published(interval: int, full_steps: int) -> None:
+    """The official schedule for FLUX, T=50: the first three steps are full (caching.md, 4.2)."""
+    full = schedule(50, interval, warm_up=3)
+    assert full.sum() == full_steps
+    assert full[:4].tolist() == [True, True, True, False]
+
+
 @given(steps=st.integers(1, 40), data=st.data(), order=st.integers(0, 4), seed=st.integers(0, 99))
 def test_taylor_weights_are_the_official_ladder(
     steps: int, data: st.DataObject, order: int, seed: int
@@ -227,7 +289,7 @@ def test_a_plan_starts_with_a_full_step() -> None:
         (
             "teacache",
             2,
-            "cache: unknown policy 'teacache'; expected one of none, fora, taylor, rfe",
+            "cache: unknown policy 'teacache'; expected one of none, fora, deepcache, taylor",
         ),
     ],
 )

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ditcast.cache import first_block, fora, learned, none, relational, stack, taylor
+from ditcast.cache import deepcache, first_block, fora, learned, none, relational, stack, taylor
 from ditcast.cache.plan import StepPlan
 from ditcast.errors import ConfigError
+from ditcast.recipe import POWER
 
 # name -> (steps, interval, slots, order) -> its plan
 POLICIES: dict[str, Callable[[int, int, int, int], StepPlan]] = {
     "none": none.plan,
     "fora": fora.plan,
+    "deepcache": deepcache.plan,
     "taylor": taylor.plan,
     "rfe": relational.rfe,
     "rcs": relational.rcs,
@@ -22,11 +24,23 @@ POLICIES: dict[str, Callable[[int, int, int, int], StepPlan]] = {
 }
 
 
-def make_plan(policy: str, *, steps: int, interval: int, slots: int, order: int = 1) -> StepPlan:
+def make_plan(
+    policy: str,
+    *,
+    steps: int,
+    interval: int,
+    slots: int,
+    order: int = 1,
+    placement: str = "even",
+) -> StepPlan:
     """The step plan of a policy for a trajectory of `steps` steps and a model with `slots` slots.
 
+    `placement` power is DeepCache's non-uniform one; full steps that calibration is to place start
+    at equal distances.
+
     Raises:
-        ConfigError: no such policy, or an interval below 1 or longer than the trajectory.
+        ConfigError: no such policy, an interval below 1 or longer than the trajectory, or a
+            placement of another policy.
     """
     if policy not in POLICIES:
         raise ConfigError(
@@ -39,7 +53,11 @@ def make_plan(policy: str, *, steps: int, interval: int, slots: int, order: int 
             f"interval: got {interval}, expected at most the number of steps ({steps}); "
             "take more steps, or a bundle with a shorter interval"
         )
-    return POLICIES[policy](steps, interval, slots, order)
+    if placement != POWER:
+        return POLICIES[policy](steps, interval, slots, order)
+    if policy != "deepcache":
+        raise ConfigError(f"placement: got {POWER} with cache {policy}; expected cache deepcache")
+    return deepcache.powered(steps, interval, slots, order)
 
 
 def idle(policy: str, plan: StepPlan) -> str | None:
