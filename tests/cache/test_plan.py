@@ -274,10 +274,21 @@ def test_taylor_is_exact_where_outputs_are_lines() -> None:
 
 def test_a_plan_starts_with_a_full_step() -> None:
     """There is nothing to reuse before it; and every step has its row of weights."""
-    with pytest.raises(ValueError, match="starts with a full step"):
-        StepPlan(full=np.array([False, True]), weights=np.ones((2, 1, 1), np.float32))
-    with pytest.raises(ValueError, match="one row of weights per step"):
-        StepPlan(full=np.array([True, True]), weights=np.ones((3, 1, 1), np.float32))
+    match = (
+        r"plan: got 2 steps of which the first is not full, where there is nothing to reuse; expect"
+        r"ed a full first step: set its entry of full \(and of mask\) to True"
+    )
+    weights, full = np.ones((2, 1, 1), np.float32), np.array([True, True])
+    with pytest.raises(ConfigError, match=match):
+        StepPlan(full=~full, weights=weights)
+    with pytest.raises(ConfigError, match=match):
+        StepPlan(full=full, weights=weights, form="partial", mask=np.array([[False], [True]]))
+    with pytest.raises(ConfigError, match="plan: got 0 steps of which the first is not full"):
+        StepPlan(full=full[:0], weights=weights[:0])
+    with pytest.raises(ConfigError, match="plan: got 3 rows of weights .* for 2 steps, expected o"):
+        StepPlan(full=full, weights=np.ones((3, 1, 1), np.float32))
+    with pytest.raises(ConfigError, match="plan: got 2 and 3 rows .*; give tables of the same num"):
+        StepPlan(full=full, weights=weights, mask=np.ones((3, 1), bool))
 
 
 @pytest.mark.parametrize(
