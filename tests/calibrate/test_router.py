@@ -26,6 +26,7 @@ from ditcast.models.base import describe
 from ditcast.recipe import Recipe
 from ditcast.runtime import Pipeline
 from ditcast.runtime.audit import audit
+from ditcast.tables import warn_of_idle_cache
 from tests.conftest import RECIPE, make_bundle
 
 STEPS, SLOTS = 8, 4
@@ -196,6 +197,26 @@ def test_learned_bundles_run_in_both_loops(tiny: LoadedModel, tmp_path: Path) ->
     assert np.abs(reference - wanted).max() < 1e-4 * np.ptp(wanted)
     with pytest.raises(ConfigError, match="cache: got learned, whose branches backend openvino"):
         Pipeline(bundle, backend="openvino", target="reference").sample([0])
+
+
+@pytest.mark.parametrize(
+    ("rows", "match"),
+    [
+        ([KEPT] * STEPS, "cache learned never reuses: all 8 steps are full"),
+        ([KEPT] + [-KEPT] * (STEPS - 1), "cache learned reuses every slot at every step but the f"),
+    ],
+)
+def test_routers_that_choose_nothing(
+    rows: list[float], match: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A warning, and an error where that is asked for; one slot at one step is a choice."""
+    held = logits(*rows)
+    warn_of_idle_cache("learned", routed(held), strict=False)
+    assert f"warning: {match}" in " ".join(capsys.readouterr().err.split())
+    with pytest.raises(ConfigError, match=match):
+        warn_of_idle_cache("learned", routed(held), strict=True)
+    held[3, 1] = -held[3, 1]
+    warn_of_idle_cache("learned", routed(held), strict=True)
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,7 @@ from ditcast.models import LoadedModel
 from ditcast.models.dit_steps import estimate
 from ditcast.runtime import Pipeline
 from ditcast.runtime.audit import audit
+from ditcast.runtime.bench import announce, bench
 from ditcast.schedule import from_config
 from ditcast.tables import warn_of_idle_run
 from tests.conftest import RECIPE, Cli, make_bundle
@@ -227,6 +228,25 @@ def test_runs_that_decide_nothing(
     with pytest.raises(ConfigError, match=match):
         warn_of_idle_run("first-block", plan, counts, strict=True)
     warn_of_idle_run("first-block", plan, [counts[0], 3], strict=True)  # one batch did otherwise
+
+
+def test_bench_says_that_a_policy_decided_nothing(
+    stacked: Bundle, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In its row, for the gate, and as a warning."""
+    tables, threshold = of_target(stacked, REFERENCE), np.asarray(1e9, np.float32)
+    monkeypatch.setattr(
+        "ditcast.runtime.pipeline.of_target", lambda *_: tables._replace(threshold=threshold)
+    )
+    monkeypatch.setattr("ditcast.runtime.bench._peak_memory_mib", lambda *_: None)
+    report = bench(stacked, count=4)
+    reason = "cache first-block reused every step that it may: its threshold is 1e+09"
+    assert {row["name"]: row["idle"] for row in report["variants"][:2]} == {
+        "full precision": None,
+        "cache": reason,
+    }
+    announce(report)
+    assert f"warning: cache: {reason}" in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from ditcast.cache import deepcache, first_block, fora, learned, none, relational, stack, taylor
 from ditcast.cache.plan import StepPlan
@@ -61,13 +61,35 @@ def make_plan(
 
 
 def idle(policy: str, plan: StepPlan) -> str | None:
-    """Why a cache policy does nothing under a plan; None where it does something."""
-    if policy == "none" or plan.gate is not None or not plan.full.all():
+    """Why a cache policy does nothing under a plan, or all it can; None where it chooses."""
+    if policy == "none" or plan.gate is not None:
         return None
-    return (
-        f"cache {policy} never reuses: all {len(plan.full)} steps are full; "
-        "take a longer interval or more steps, or cache none"
-    )
+    if plan.full.all():
+        return (
+            f"cache {policy} never reuses: all {len(plan.full)} steps are full; "
+            "take a longer interval or more steps, or cache none"
+        )
+    if plan.mask is not None and not plan.mask[1:].any():
+        return (
+            f"cache {policy} reuses every slot at every step but the first; take a smaller --reuse "
+            "or a shorter interval"
+        )
+    return None
 
 
-__all__ = ["POLICIES", "StepPlan", "idle", "make_plan"]
+def idle_run(policy: str, plan: StepPlan, full: Sequence[int]) -> str | None:
+    """The same of a policy that decides on the way, by the full steps of each batch that has run.
+
+    None where it reused some of the steps that it may in some batch, or does not decide.
+    """
+    if plan.gate is None:
+        return None
+    steps, threshold = len(plan.full), f"its threshold is {plan.gate.threshold:.5g}"
+    if all(count == steps for count in full):
+        return f"cache {policy} never reused: all {steps} steps were full; {threshold}"
+    if all(count == plan.full_steps for count in full):
+        return f"cache {policy} reused every step that it may: {threshold}"
+    return None
+
+
+__all__ = ["POLICIES", "StepPlan", "idle", "idle_run", "make_plan"]
