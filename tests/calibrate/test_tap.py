@@ -90,10 +90,14 @@ def test_rows_are_those_of_steps_that_compute(
     tiny: LoadedModel,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
     selection: str,
     trajectories: str,
 ) -> None:
-    """Under a cache the pool is that of full steps; bins of reuse steps have scales too."""
+    """Under a cache the pool is that of full steps; bins of reuse steps have scales too.
+
+    TAP, whose draw is not flat, says how many rows of each step it is (1.3, iv).
+    """
     seen = spied_rows(monkeypatch)
     pools: list[Tensor] = []
     select = tap.select
@@ -116,6 +120,9 @@ def test_rows_are_those_of_steps_that_compute(
     if selection == "tap":  # of the whole pool, which is 8 rows of each step
         pool = torch.tensor(computed).repeat_interleave(8)
         assert torch.equal(rows.sample, pools[0][select(pools[0], pool, 12, seed=0)])
+        counts = [int((rows.timesteps == t).sum()) for t in timesteps]
+        said = f"calibrating: TAP draws, of steps 0 to 5: {counts} rows"
+        assert said in capsys.readouterr().err
     if selection == "uniform":
         assert pools == []
         each = 12 // len(computed)

@@ -29,7 +29,6 @@ from ditcast.errors import ConfigError
 from ditcast.export import to_onnx
 from ditcast.manifest import REFERENCE
 from ditcast.models import LoadedModel
-from ditcast.models.dit_steps import estimate
 from ditcast.runtime import Pipeline
 from ditcast.runtime.audit import audit
 from ditcast.runtime.bench import announce, bench
@@ -352,34 +351,6 @@ def _with_threshold(policy: str, threshold: float) -> Any:
     plan = make_plan(policy, steps=STEPS, interval=INTERVAL, slots=4)
     assert plan.gate is not None
     return replace(plan, gate=replace(plan.gate, threshold=threshold))
-
-
-def relate(y: torch.Tensor, a: torch.Tensor, now: torch.Tensor, factors: torch.Tensor) -> Any:
-    """What RFE makes of one slot, (N, S, D), through the step module's own arithmetic."""
-    slope = (y[0] - y[1]).flatten(1).norm(dim=1) / (a[0] - a[1]).flatten(1).norm(dim=1)
-    increment = (factors[:, None, None, None] * y).sum(dim=0) - y[0]
-    return estimate(y[0], increment, slope, now - a[0])
-
-
-def test_rfe_is_exact_on_a_linear_module() -> None:
-    """Inputs that go straight on, at whatever speed (RFC 3.5 i): Taylor's first order is not."""
-    torch.manual_seed(0)
-    weight, start, direction = torch.randn(8, 8), torch.randn(2, 5, 8), torch.randn(2, 5, 8)
-    places = {"q": 0.0, "p": 1.0, "now": 1.7}  # Taylor would go on to 2
-    a = {name: start + place * direction for name, place in places.items()}
-    y = {name: x @ weight for name, x in a.items()}
-    last = torch.stack([y["p"], y["q"]]), torch.stack([a["p"], a["q"]])
-    found = relate(*last, a["now"], torch.tensor([2.0, -1.0]))
-    assert torch.allclose(found, y["now"], atol=1e-5)
-    assert not torch.allclose(2 * y["p"] - y["q"], y["now"], atol=0.1)
-
-
-def test_rfe_without_a_change_keeps_the_output() -> None:
-    """An input as at the last full step (3.5 ii), and an increment of zero (iii)."""
-    torch.manual_seed(1)
-    y, a = torch.randn(2, 2, 5, 8), torch.randn(2, 2, 5, 8)
-    assert torch.equal(relate(y, a, a[0], torch.tensor([2.0, -1.0])), y[0])
-    assert torch.equal(relate(y, a, torch.randn(2, 5, 8), torch.tensor([1.0, 0.0])), y[0])
 
 
 def test_every_step_graph_has_a_signature(tiny: LoadedModel) -> None:
