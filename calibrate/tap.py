@@ -4,9 +4,9 @@ Under a cache, consecutive inputs are near-duplicates, and uniform draws cover l
 subsets of the pool are clustered by an affinity of content and time, and the calibration set is
 drawn from all clusters in turn.
 
-The paper leaves open, and this is what is done here: content is the cosine of flattened inputs,
-cut at 0, since an affinity is not negative ((1 + cos) / 2 was measured to part duplicates less
-from the rest); time is the number of the sampler's step; the
+The paper leaves open, and this is what is done here: content is the cosine of flattened inputs as
+they are, cut at 0, since an affinity is not negative ((1 + cos) / 2, `shifted`, was measured to
+part duplicates less from the rest); time is the number of the sampler's step; the
 clusters of every subset are strata of their own, none is merged; a subset has a twentieth of the
 pool, as in the paper, but no less than all subsets need to hold the set that is asked for.
 """
