@@ -132,7 +132,7 @@ class _Pupil:
     request: TorchRequest
     noise: Tensor  # (1 + noises, n, C, H, W)
     x: Tensor
-    cache: list[Tensor]
+    cache: list[Tensor | None]  # None is nothing yet
 
     def copy(self) -> _Pupil:
         """To go another way from here; tensors are never changed in place."""
@@ -163,8 +163,8 @@ class _School:
         found: Table = torch.stack([row.data for row in self.rho]).numpy().copy()
         return found
 
-    def start(self, number: int) -> _Pupil:
-        """A fresh trajectory after its first step, which computes everything."""
+    def fresh(self, number: int) -> _Pupil:
+        """A trajectory before its first step, with empty caches."""
         recipe, adapter = self.recipe, self.adapter
         drawn = torch.randint(adapter.num_classes, (IMAGES,), generator=self.generator)
         rows = row_labels(drawn.tolist(), recipe.guidance, adapter.null_label)
@@ -176,9 +176,12 @@ class _School:
         )
         with torch.no_grad():
             request = TorchRequest(adapter, timesteps, rows)
-            nothing = request.rows(1)[0]
-            pupil = _Pupil(request, noise, noise[0], [nothing] * request.slots)
-            self.advance(pupil, 0, torch.ones(request.slots))
+        return _Pupil(request, noise, noise[0], [None] * request.slots)
+
+    def start(self, number: int) -> _Pupil:
+        """The same after that step, which computes everything."""
+        pupil = self.fresh(number)
+        self.advance(pupil, 0, torch.ones(pupil.request.slots))
         return pupil
 
     def student(self, pupil: _Pupil, step: int, scores: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -187,6 +190,17 @@ class _School:
         held = pupil.request.held
         output, *kept = self.mixed(held["sample"], held["features"], scores, pupil.cache)
         return self.guided(output, pupil), kept
+
+    def error(
+        self, pupil: _Pupil, step: int, scores: Tensor
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """The weighted squared distance to the step without a cache, and what `student` gives."""
+        output, kept = self.student(pupil, step, scores)
+        with torch.no_grad():
+            held, ones = pupil.request.held, torch.ones_like(scores)
+            exact = self.mixed(held["sample"], held["features"], ones, pupil.cache)[0]
+        error = (output - self.guided(exact, pupil)).square().mean()
+        return self.step_weight[step] * error, output, kept
 
     def guided(self, output: Tensor, pupil: _Pupil) -> Tensor:
         """What the sampler takes of an output."""
@@ -218,17 +232,10 @@ class _School:
         pupil = self.start(number)
         for step in range(1, self.recipe.steps):
             scores = self.rho[step].sigmoid()
-            output, kept = self.student(pupil, step, scores)
-            with torch.no_grad():
-                held = pupil.request.held
-                ones = torch.ones_like(scores)
-                exact = self.mixed(held["sample"], held["features"], ones, pupil.cache)[0]
-            error = (output - self.guided(exact, pupil)).square().mean()
-            (slope,) = torch.autograd.grad(
-                self.step_weight[step] * error, scores, retain_graph=True
-            )
+            error, output, kept = self.error(pupil, step, scores)
+            (slope,) = torch.autograd.grad(error, scores, retain_graph=True)
             self.note(step, -slope)
-            (self.step_weight[step] * error + beta * scores.sum()).backward()
+            (error + beta * scores.sum()).backward()
             self.optimizers[step].step()
             self.optimizers[step].zero_grad()
             self.rho[step].data.clamp_(-KEPT, KEPT)

@@ -31,7 +31,7 @@ from ditcast.manifest import Layer as LayerEntry
 from ditcast.manifest import Quantization
 from ditcast.models import Adapter, LoadedModel
 from ditcast.models.base import Layer
-from ditcast.progress import counting
+from ditcast.progress import counting, say
 from ditcast.recipe import FLOAT, MODULES, PRECISIONS, TEMPORAL, Bits, Recipe
 from ditcast.sampling import check_guidance, coefficients, row_labels
 from ditcast.schedule import from_config
@@ -296,6 +296,8 @@ class _Calibration:
         rows = torch.arange(len(labels)).repeat(len(computed))
         if recipe.selection == "tap":
             drawn = tap.select(inputs[steps, rows], steps, recipe.rows, seed=recipe.seed)
+            counts = steps[drawn].bincount(minlength=len(inputs)).tolist()
+            say(f"calibrating: TAP draws, of steps 0 to {len(inputs) - 1}: {counts} rows")
         else:
             generator = torch.Generator().manual_seed(recipe.seed)
             each = max(1, min(recipe.rows // len(computed), len(labels)))

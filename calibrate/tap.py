@@ -4,9 +4,9 @@ Under a cache, consecutive inputs are near-duplicates, and uniform draws cover l
 subsets of the pool are clustered by an affinity of content and time, and the calibration set is
 drawn from all clusters in turn.
 
-The paper leaves open, and this is what is done here: content is the cosine of flattened inputs,
-cut at 0, since an affinity is not negative ((1 + cos) / 2 was measured to part duplicates less
-from the rest); time is the number of the sampler's step; the
+The paper leaves open, and this is what is done here: content is the cosine of flattened inputs as
+they are, cut at 0, since an affinity is not negative ((1 + cos) / 2, `shifted`, was measured to
+part duplicates less from the rest); time is the number of the sampler's step; the
 clusters of every subset are strata of their own, none is merged; a subset has a twentieth of the
 pool, as in the paper, but no less than all subsets need to hold the set that is asked for.
 """
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,8 +26,21 @@ from ditcast.errors import optional
 SUBSETS, SHARE, CLUSTERS, ALPHA = 3, 20, 100, 0.5  # the paper's settings
 
 
-def select(inputs: Tensor, steps: Tensor, count: int, *, seed: int, alpha: float = ALPHA) -> Tensor:
-    """Numbers of `count` of the M inputs (M, ...) with their steps (M,), ascending."""
+def select(
+    inputs: Tensor,
+    steps: Tensor,
+    count: int,
+    *,
+    seed: int,
+    alpha: float = ALPHA,
+    shifted: bool = False,
+    centered: bool = False,
+) -> Tensor:
+    """Numbers of `count` of the M inputs (M, ...) with their steps (M,), ascending.
+
+    The last three are those of `cluster`.
+    """
+    how: dict[str, Any] = {"alpha": alpha, "shifted": shifted, "centered": centered}
     total = len(inputs)
     if count >= total:
         return torch.arange(total)
@@ -36,7 +50,7 @@ def select(inputs: Tensor, steps: Tensor, count: int, *, seed: int, alpha: float
     for i in range(SUBSETS):
         subset = torch.randperm(total, generator=generator)[:size]
         clusters = max(1, min(CLUSTERS, size // 2))
-        of = cluster(inputs[subset], steps[subset], clusters, seed=seed + i, alpha=alpha)
+        of = cluster(inputs[subset], steps[subset], clusters, seed=seed + i, **how)
         strata += [subset[of == label].tolist() for label in of.unique()]
     drawn: dict[int, None] = {}  # in the order of the draw, each once
     rank = 0
@@ -53,18 +67,30 @@ def select(inputs: Tensor, steps: Tensor, count: int, *, seed: int, alpha: float
 
 
 def cluster(
-    inputs: Tensor, steps: Tensor, clusters: int, *, seed: int, alpha: float = ALPHA
+    inputs: Tensor,
+    steps: Tensor,
+    clusters: int,
+    *,
+    seed: int,
+    alpha: float = ALPHA,
+    shifted: bool = False,
+    centered: bool = False,
 ) -> Tensor:
     """The cluster (M,) of each input, by spectral clustering of an affinity.
 
-    It is `alpha * max(cos(x_k, x_h), 0) + (1 - alpha) * exp(-|t_k - t_h|)`.
+    It is `alpha * max(cos(x_k, x_h), 0) + (1 - alpha) * exp(-|t_k - t_h|)`; `shifted` has
+    `(1 + cos) / 2` in place of the cut, and `centered` takes each input's mean from it before.
 
     Raises:
         MissingDependencyError: no scikit-learn.
     """
     spectral = optional("sklearn.cluster", "compile").SpectralClustering
-    flat = functional.normalize(inputs.flatten(start_dim=1).double(), dim=1)
-    content = (flat @ flat.T).clamp(0, 1)
+    flat = inputs.flatten(start_dim=1).double()
+    if centered:
+        flat = flat - flat.mean(dim=1, keepdim=True)
+    flat = functional.normalize(flat, dim=1)
+    cosine = flat @ flat.T
+    content = ((1 + cosine) / 2 if shifted else cosine).clamp(0, 1)
     time = torch.exp(-(steps[:, None] - steps[None]).abs().double())
     affinity = alpha * content + (1 - alpha) * time
     with warnings.catch_warnings(action="ignore"):  # of fewer distinct inputs than clusters

@@ -130,7 +130,11 @@ def _batches(model: LoadedModel, recipe: Recipe) -> Iterator[tuple[range, list[i
 
 
 def _full_steps(model: LoadedModel, recipe: Recipe, plan: StepPlan) -> float:
-    """The mean number of full steps of a batch."""
+    """The mean number of full steps of a batch, which moves in steps of one over the batches.
+
+    Batches are of the recipe's size, since the worst sample of one decides for all of it: smaller
+    ones would be tuned to another number of full steps than they are deployed with.
+    """
     counts = []
     for indices, labels in _batches(model, recipe):
         full: list[bool] = []

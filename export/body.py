@@ -264,7 +264,7 @@ class Builder:
         return Carried(f"{body}/x", start, after, ["n", *self.spec.sample_shape])
 
     def model(self, top: Scope) -> ModelProto:
-        """The finished model with its inputs and output."""
+        """The finished model with its inputs and outputs."""
         shape = self.spec.sample_shape
         inputs = [
             helper.make_tensor_value_info("noise", TensorProto.FLOAT, ["n", *shape]),
@@ -280,6 +280,8 @@ class Builder:
         # temporal features at load time, with other kernels and so with other last bits.
         inputs.append(helper.make_tensor_value_info("timesteps", TensorProto.FLOAT, [steps]))
         outputs = [helper.make_tensor_value_info("latents", TensorProto.FLOAT, ["n", *shape])]
+        if self.spec.plan.gate is not None:
+            outputs.append(helper.make_tensor_value_info("full_steps", TensorProto.INT64, []))
         graph = helper.make_graph(
             top.nodes,
             "sampler",

@@ -20,7 +20,8 @@ from ditcast.export.loop_deciding import deciding
 def sampler_graph(spec: LoopSpec) -> ModelProto:
     """Compose `sampler.onnx`: noise [n,C,H,W], class_labels [n], guidance_scale [] -> latents.
 
-    Stochastic samplers also take step_noise [T,n,C,H,W].
+    Stochastic samplers also take step_noise [T,n,C,H,W]; a plan with a gate also gives
+    full_steps [], how many of the run's steps were full.
     """
     build, top = Builder(spec), Scope("loop")
     build.rows(top)

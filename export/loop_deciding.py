@@ -2,6 +2,7 @@
 
 A segment is one full step, then an inner `Loop` of reuse steps that goes on for as long as the
 plan, and its gate, let it. What decides on a step is measured at the end of the step before.
+With a gate the full steps are counted: `full_steps` is a second output of the model.
 All numbers are computed in float32, operation for operation as in `ditcast.cache`.
 """
 
@@ -31,7 +32,7 @@ class _Deciding:
         self.slots = self.plan.weights.shape[2]
         self.keeps = self.plan.form in ("extrapolate", "relate")
         self.climbs = self.history > 1
-        build.constant("full_steps", self.plan.full, np.bool_)
+        build.constant("told_full", self.plan.full, np.bool_)
         build.constant("steps", self.steps)
         build.constant("last_step", self.steps - 1)
         build.constant("scalar_zero", 0)
@@ -56,15 +57,21 @@ class _Deciding:
         more = outer.op("Less", after["t"], "steps")
         carried = [self._carried(OUTER, outer, name, start[name], after[name]) for name in start]
         always = self.build.constant("always", True, np.bool_)
-        return self.build.loop(top, outer, "steps", carried, going=(always, more))[0]
+        last = self.build.loop(top, outer, "steps", carried, going=(always, more))
+        left = dict(zip(start, last, strict=True))
+        if self.gate is not None:
+            top.name_it(left["known"], "full_steps")
+        return left["x"]
 
     def _start(self, top: Scope) -> State:
         """What the first segment finds."""
         start = {"x": "noise", "t": "scalar_zero"}
+        if self.climbs or self.gate is not None:
+            start["known"] = "scalar_zero"
         if self.climbs:
             zeros = np.zeros((self.history, self.history))
             start["rungs"] = self.build.constant("no_rungs", zeros, np.float32)
-            start |= {"known": "scalar_zero", "newest": "scalar_zero"}
+            start["newest"] = "scalar_zero"
         if self.keeps:
             start["y"] = self._zeros(top, "y")
             start["a"] = self._zeros(top, "a")
@@ -122,7 +129,7 @@ class _Deciding:
     def _look(self, scope: Scope, held: State) -> tuple[State, str]:
         """What the gate sees before a step, and whether that is a reuse step."""
         step = scope.op("Min", held["t"], "last_step")
-        told = scope.op("Gather", "full_steps", step, axis=0)
+        told = scope.op("Gather", "told_full", step, axis=0)
         inside = scope.op("Less", held["t"], "steps")
         going = scope.op("And", inside, scope.op("Not", told))
         if self.gate is None:
@@ -147,8 +154,10 @@ class _Deciding:
         return found
 
     def _observed(self, scope: Scope, held: State) -> State:
-        """The gauges and the ladder after one more full step."""
+        """The gauges, the ladder and the count after one more full step."""
         found = {} if self.gate is None else {"before": self._join(scope, held)}
+        if "known" in held:
+            found["known"] = scope.op("Add", held["known"], "scalar_one")
         if not self.climbs:
             return found
         zero, last = "zero", self.build.constant("last_column", [self.history - 1])
@@ -165,8 +174,7 @@ class _Deciding:
             rung = scope.op("Div", change, distance)
             known = scope.op("Less", self.build.constant(f"rung_{i}", i), held["known"])
             rungs.append(scope.op("Where", known, rung, "nothing"))
-        found |= {"rungs": scope.op("Concat", *rungs, axis=0), "newest": held["t"]}
-        return found | {"known": scope.op("Add", held["known"], "scalar_one")}
+        return found | {"rungs": scope.op("Concat", *rungs, axis=0), "newest": held["t"]}
 
     def _factors(self, scope: Scope, held: State) -> str:
         """The ladder's weights at a step, (history,)."""

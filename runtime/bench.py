@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ditcast.bundle import Bundle
+from ditcast.cache import idle, idle_run
 from ditcast.progress import counting, tell
 from ditcast.runtime import fidelity, images, machine
 from ditcast.runtime.choice import open_backend
@@ -86,6 +87,11 @@ class Variant:
             few = self.steps
         self.timed(labels, 0, 0, guidance, few)
         self.forget()
+
+    def idle(self) -> str | None:
+        """Why its cache did nothing in any batch, or all that it may in every one."""
+        plan = self.pipeline.plan(self.steps, self.cache)
+        return idle(self.cache, plan) or idle_run(self.cache, plan, self.full_steps)
 
     def forget(self) -> None:
         """Drop all times so far."""
@@ -233,6 +239,7 @@ def _row(
         "cache": variant.cache,
         "steps": variant.steps,
         "full_steps": round(float(np.mean(variant.full_steps)), 2),
+        "idle": variant.idle(),
         "spacing": variant.spacing,
         "image_ms": spread(variant.image_ms),
         "full_step_ms": spread(variant.step_ms[True]),
@@ -354,7 +361,10 @@ def _median(found: dict[str, float] | None, form: str) -> str:
 
 
 def announce(report: dict[str, Any]) -> None:
-    """Say what the table's figures stand on."""
+    """Say what the table's figures stand on, and which caches chose nothing."""
+    for row in report["variants"]:
+        if row["idle"] is not None:
+            tell(f"warning: {row['name']}: {row['idle']}")
     request, backend = report["request"], report["backend"]
     tell(
         f"{request['images']} images in batches of {request['batch']}, {request['steps']} steps, "

@@ -136,7 +136,7 @@ def _audited(bundle: Bundle, found: Values) -> Iterator[Check]:
 
 
 def _idle(rows: list[Row]) -> Iterator[Check]:
-    """A cache has to have reused something while it was measured."""
+    """A cache has to have reused something while it was measured, and to have chosen what."""
     for row in rows:
         if row["cache"] == "none":
             continue
@@ -144,7 +144,9 @@ def _idle(rows: list[Row]) -> Iterator[Check]:
         line = f"{row['name']}: {row['full_steps']:g} of {row['steps']} steps were full"
         if not reused:
             line += f", so cache {row['cache']} never triggers"
-        yield Check(f"cache of {row['name']}", reused, line)
+        elif row["idle"] is not None:
+            line += f"; {row['idle']}"
+        yield Check(f"cache of {row['name']}", reused and row["idle"] is None, line)
 
 
 def _slower(best: Row) -> Iterator[Check]:

@@ -43,6 +43,7 @@ class _Row(_Part):
     cache: str
     steps: int
     full_steps: float  # the mean of all batches, where a policy decides on the way
+    idle: str | None  # why the cache did nothing, or all that it may
     spacing: str | None
     image_ms: _Spread | None
     full_step_ms: _Spread | None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal, get_args
@@ -14,14 +13,13 @@ from numpy.typing import NDArray
 from ditcast.bundle import Bundle
 from ditcast.cache import StepPlan, make_plan
 from ditcast.cache.fitted import Fitted, of_target
-from ditcast.cache.plan import hold
 from ditcast.cache.stepping import graphs as graphs_of
-from ditcast.cache.stepping import held, stepper
+from ditcast.cache.stepping import stepper
 from ditcast.errors import ConfigError
 from ditcast.manifest import REFERENCE
 from ditcast.runtime.backends import Backend, Session, graph_file
 from ditcast.runtime.choice import check_policy, open_backend
-from ditcast.runtime.machine import available_memory_mib
+from ditcast.runtime.memory import check_memory
 from ditcast.runtime.request import HostRequest
 from ditcast.sampling import (
     Coefficients,
@@ -55,7 +53,7 @@ class Pipeline:
     """A bundle, loaded into a backend; sessions open when first needed and are kept.
 
     Its `bundle`, `backend`, `recipe`, `model` (what the manifest says of it) and `schedule` are
-    there to be read.
+    there to be read, and so is `full_steps`, how many steps of its last request were full.
     """
 
     def __init__(
@@ -93,6 +91,7 @@ class Pipeline:
             None if self.target == REFERENCE else self.bundle.manifest.stored_labels()
         )
         self.fitted = of_target(self.bundle, self.target)
+        self.full_steps = 0
         self._sessions: dict[str, Session] = {}
 
     def session(self, graph: str) -> Session:
@@ -132,6 +131,7 @@ class Pipeline:
             interval=self.recipe.interval,
             order=self.recipe.order,
             slots=len(self.model.slots),
+            placement=self.recipe.placement if policy == self.recipe.cache else "even",
         )
         if policy != self.recipe.cache:
             self._check_graphs(policy, found)
@@ -203,13 +203,14 @@ class Pipeline:
         plan = self.plan(steps, cache)
         self._check_stored(labels, steps, spacing)
         self._check_fitted(steps, cache, spacing)
-        noises = steps if needs_noise(self.recipe.sampler) else 0
-        shape = self.model.sample_shape
-        indices = range(first, first + len(labels))
-        noise = draw_noises(seed, indices, shape, noises)  # (1 + noises, n, C, H, W)
         if loop == "graph":
             self._check_graph_loop(steps, cache, spacing, callback)
-            return self._graph_loop(labels, noise, guidance)
+        check_memory(plan, self.model, self.recipe.interval, len(labels), guidance)
+        noises = steps if needs_noise(self.recipe.sampler) else 0
+        indices = range(first, first + len(labels))
+        noise = draw_noises(seed, indices, self.model.sample_shape, noises)
+        if loop == "graph":
+            return self._graph_loop(labels, noise, guidance, plan)
         schedule = self.schedule
         if spacing is not None:
             schedule = dataclasses.replace(schedule, spacing=spacing)
@@ -247,12 +248,13 @@ class Pipeline:
         callback: Callable[[Step], None] | None,
     ) -> Samples:
         steps, n, channels = len(plan.full), len(labels), self.model.sample_shape[0]
-        self._check_memory(plan, n * (2 if guidance > 1 else 1))
         features, rows = self.features(labels, schedule.timesteps(steps), guidance > 1)
         network = stepper(plan, HostRequest(self.session, self.model, features, rows))
         x: Samples = noise[0]
+        self.full_steps = 0
         for step, row in enumerate(coefficients(schedule, self.recipe.sampler, steps).tolist()):
             output, full = network.run(step, x)
+            self.full_steps += full
             output = guide(output, n, channels, guidance)
             step_noise = noise[1 + step] if len(noise) > 1 else None
             x = update(x, output, step_noise, Coefficients(*row), schedule.clip)
@@ -262,7 +264,9 @@ class Pipeline:
                 callback(Step(step, full, x))
         return x
 
-    def _graph_loop(self, labels: Sequence[int], noise: Samples, guidance: float) -> Samples:
+    def _graph_loop(
+        self, labels: Sequence[int], noise: Samples, guidance: float, plan: StepPlan
+    ) -> Samples:
         feeds = {
             "noise": noise[0],
             "class_labels": np.asarray(labels, np.int64),
@@ -270,7 +274,10 @@ class Pipeline:
         }
         if len(noise) > 1:
             feeds["step_noise"] = noise[1:]
-        return self.session("sampler").run(feeds, ["latents"])["latents"]
+        counted = ["full_steps"] if plan.gate is not None else []  # by the loop, on the way
+        found = self.session("sampler").run(feeds, ["latents", *counted])
+        self.full_steps = int(found["full_steps"]) if counted else plan.full_steps
+        return found["latents"]
 
     def _check_graph_loop(
         self, steps: int, cache: Cache, spacing: str | None, callback: object
@@ -329,21 +336,6 @@ class Pipeline:
                 f"cache of the bundle was calibrated for its {self.recipe.steps} steps; compile "
                 f"one with --steps {steps}{other}"
             )
-
-    def _check_memory(self, plan: StepPlan, width: int) -> None:
-        """Refuse caches that memory does not hold, before the runtime dies of them."""
-        slots = len(self.model.slots)
-        row = 4 * math.prod(self.model.slot_shape) / 2**20
-        needed, free = held(plan, slots) * row * width, available_memory_mib()
-        if needed <= free:
-            return
-        rival = hold(plan.full, slots)
-        fits = int(free / (held(plan, slots) * row))
-        raise ConfigError(
-            f"cache: got {needed:.0f} MiB of kept outputs for {width} rows, expected at most the "
-            f"{free:.0f} MiB that are available; take batches of {fits} rows, a lower order, or "
-            f"--cache fora ({held(rival, slots) * row * width:.0f} MiB)"
-        )
 
     def _check_labels(self, labels: Sequence[int]) -> None:
         last = self.model.num_classes - 1

@@ -40,6 +40,7 @@ def row(name: str) -> dict[str, Any]:
         "cache": cache,
         "steps": steps,
         "full_steps": full,
+        "idle": None,
         "spacing": "trailing" if steps == 3 else None,
         "image_ms": spread(ms),
         "full_step_ms": spread(ms / full),

@@ -202,14 +202,14 @@ def rewrite(path: Path, edit: Callable[[dict[str, Any]], object]) -> None:
         (lambda m: m.update(engine="?"), "is damaged .Extra inputs are not permitted"),
         (lambda m: m["recipe"].update(speed=11), "is damaged .Extra inputs are not permitted"),
         (
-            lambda m: m.update(format_version=8),
-            "got format_version 8, expected 7; this bundle needs",
+            lambda m: m.update(format_version=9),
+            "got format_version 9, expected 8; this bundle needs",
         ),
         (
             lambda m: m.update(format_version=4),  # which says nothing of a null label
-            "got format_version 4, expected 7; this bundle needs",
+            "got format_version 4, expected 8; this bundle needs",
         ),
-        (lambda m: m.pop("format_version"), "got format_version None, expected 7"),
+        (lambda m: m.pop("format_version"), "got format_version None, expected 8"),
         (lambda m: m["model"].pop("slot_shape"), "is damaged .Field required"),
         (lambda m: m.pop("model"), "is damaged .Field required"),
         (lambda m: m.update(files=[1]), "is damaged"),

@@ -1,7 +1,7 @@
 """Measure cache policies on bundles: speed beside fidelity, and fewer steps at equal cost.
 
 Every policy runs at the same numbers of full steps, in full precision and in every bundle's own
-precision; beside it full precision with as many steps in all. A bundle whose own plan was
+precision; beside it both with as many steps in all. A bundle whose own plan was
 fitted (noise guard, variance correction), or whose policy needs graphs of its own, is a point of
 its own. All points take turns, batch by
 batch, in one run; images are those of noise that no calibration has seen.
@@ -45,8 +45,8 @@ if TYPE_CHECKING:
     from ditcast.distances import Distances
 
 FULL, FEWER, FITTED = "full precision", "fewer steps", "fitted"
-STATIC = ("none", "fora", "taylor")  # policies that every bundle can run
-POLICIES = ("fora", "taylor-1", "taylor-2", "taylor-3")  # a policy and its order
+STATIC = ("none", "fora", "deepcache", "taylor")  # policies that every bundle can run
+POLICIES = ("fora", "taylor-1", "taylor-2", "taylor-3", "deepcache")  # a policy and its order
 
 
 @dataclass
@@ -140,7 +140,9 @@ def points(bundles: Sequence[Bundle], args: argparse.Namespace) -> list[Point]:
     for interval in args.intervals:
         plan = make_plan("fora", steps=recipe.steps, interval=interval, slots=slots)
         nothing = make_plan("none", steps=plan.full_steps, interval=1, slots=slots)
-        found.append(Point("fp32", FEWER, exact, nothing, plan.full_steps))
+        for name, pipeline in precisions.items():
+            if not pipeline.fixed_steps("none"):  # stored features are those of the recipe's steps
+                found.append(Point(name, FEWER, pipeline, nothing, plan.full_steps))
     return [*found, *fitted]
 
 

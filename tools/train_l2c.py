@@ -80,7 +80,7 @@ class Pairs:
         step, ones = first + 1, torch.ones(len(self.rho[0]))
         x, labels = self.draw(first)
         with torch.no_grad():
-            nothing = [torch.zeros(len(x), *self.model.adapter.slot_shape)] * len(ones)
+            nothing = [None] * len(ones)
             output, *cache = self.partial.soft(x, self.features(first, labels), ones, nothing)
             row, channels = Coefficients(*self.table[first]), x.shape[1]
             x = update(x, output[:, :channels], None, row, self.schedule.clip)

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from ditcast.errors import BundleError
 from ditcast.recipe import Recipe
 
-FORMAT_VERSION = 7
+FORMAT_VERSION = 8
 MANIFEST = "manifest.json"
 REFERENCE = "reference"  # the target of full precision
 WEIGHTS = "weights.data"  # in the folder of a target: the weights of all its graphs

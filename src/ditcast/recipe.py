@@ -13,7 +13,16 @@ from ditcast.errors import ConfigError
 Method = Literal["absmax", "minmax", "percentile", "mse", "tfmq", "brecq"]
 Scheme = Literal["w8a8", "w7a8", "w6a6", "w4a8", "w4a16", "fp8", "none"]
 Cache = Literal[
-    "none", "fora", "taylor", "rfe", "rcs", "relational", "learned", "first-block", "stack"
+    "none",
+    "fora",
+    "deepcache",
+    "taylor",
+    "rfe",
+    "rcs",
+    "relational",
+    "learned",
+    "first-block",
+    "stack",
 ]
 Precision = Literal["w8a8", "w7a8", "w6a6", "w4a8", "w4a16", "fp8", "float"]
 
@@ -44,6 +53,7 @@ PRECISIONS: dict[str, Bits] = {
 }
 DYNAMIC = ("rcs", "relational", "first-block", "stack")  # caches that decide on the way
 COMPARING = ("rfe", "rcs", "relational", "stack")  # caches that compare inputs across steps
+POWER = "power"  # the placement of DeepCache's non-uniform full steps
 RANGES = ("absmax", "minmax", "percentile")  # methods that find ranges, and search nothing
 MODULES = ("naive", "tib", "select")  # ways to keep the temporal features that run the TIB
 
@@ -122,10 +132,10 @@ class Recipe(BaseModel):
     order: int = Field(
         1, ge=0, le=4, description="order of the forecast (--cache taylor, rfe, rcs, relational)"
     )
-    placement: Literal["even", "fitted"] = Field(
+    placement: Literal["even", "power", "fitted"] = Field(
         "even",
-        description="full steps at equal distances, or where calibration finds samples closest to "
-        "uncached ones (--cache taylor)",
+        description="full steps at equal distances, by a power of them (--cache deepcache), or "
+        "where calibration finds samples closest to uncached ones (--cache taylor)",
     )
     threshold: float | None = Field(
         None,
@@ -184,6 +194,10 @@ class Recipe(BaseModel):
             raise ValueError(
                 f"placement: got fitted with cache {self.cache}; expected cache taylor, which "
                 "forecasts over any distance"
+            )
+        if self.placement == POWER and self.cache != "deepcache":
+            raise ValueError(
+                f"placement: got {POWER} with cache {self.cache}; expected cache deepcache"
             )
         if self.trajectories == "cached" and self.placement == "fitted":
             raise ValueError(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from ditcast.cache import StepPlan, idle
+from ditcast.cache import StepPlan, idle, idle_run
 from ditcast.errors import ConfigError
 from ditcast.manifest import Manifest
 from ditcast.progress import tell
@@ -116,7 +116,7 @@ def bundle_rows(manifest: Manifest) -> dict[str, str]:
 
 
 def warn_of_idle_cache(policy: str, plan: StepPlan, strict: bool) -> None:
-    """Say where a cache never triggers.
+    """Say where a cache never triggers, or always does.
 
     Raises:
         ConfigError: the same, where it is asked to be strict.
@@ -132,13 +132,7 @@ def warn_of_idle_run(policy: str, plan: StepPlan, full: list[int], strict: bool)
     Raises:
         ConfigError: the same, where it is asked to be strict.
     """
-    if plan.gate is None:
-        return
-    steps, threshold = len(plan.full), f"its threshold is {plan.gate.threshold:.5g}"
-    if all(count == steps for count in full):
-        _warn(f"cache {policy} never reused: all {steps} steps were full; {threshold}", strict)
-    elif all(count == plan.full_steps for count in full):
-        _warn(f"cache {policy} reused every step that it may: {threshold}", strict)
+    _warn(idle_run(policy, plan, full), strict)
 
 
 def _warn(reason: str | None, strict: bool) -> None:

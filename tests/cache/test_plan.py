@@ -9,7 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ditcast import recipe as recipes
 from ditcast.cache import POLICIES, StepPlan, make_plan
+from ditcast.cache.taylor import schedule
 from ditcast.errors import ConfigError
 from ditcast.recipe import Recipe
 
@@ -29,6 +31,58 @@ def plan_of(
 def test_fora_computes_as_often_as_published(steps: int, interval: int, full_steps: int) -> None:
     """NFC of the paper's settings."""
     assert plan_of(steps, interval).full_steps == full_steps
+
+
+# methods/caching.md, 4.4: ceil(T / N) full steps, counted up from the first.
+DEEPCACHE = [
+    (50, 2, 25),
+    (50, 3, 17),
+    (50, 4, 13),
+    (50, 5, 10),
+    (50, 7, 8),
+    (20, 3, 7),
+    (50, 1, 50),
+]
+
+
+@pytest.mark.parametrize(("steps", "interval", "full_steps"), DEEPCACHE)
+@pytest.mark.parametrize("placement", ["even", "power"])
+def test_deepcache_computes_as_often_as_published(
+    steps: int, interval: int, full_steps: int, placement: str
+) -> None:
+    """In both placements; every other step repeats the newest full one's outputs."""
+    plan = make_plan("deepcache", steps=steps, interval=interval, slots=2, placement=placement)
+    assert plan.full_steps == full_steps
+    assert plan.history == 1
+    assert (plan.weights[~plan.full] == 1).all()
+
+
+def test_deepcache_places_full_steps_as_published() -> None:
+    """T=50, N=5: every fifth, or by powers of 1.4 around step 15 (caching.md, 4.4)."""
+    even, power = (
+        make_plan("deepcache", steps=50, interval=5, slots=1, placement=placement)
+        for placement in ("even", "power")
+    )
+    assert np.flatnonzero(even.full).tolist() == list(range(0, 50, 5))
+    assert np.flatnonzero(power.full).tolist() == [0, 5, 9, 13, 17, 21, 26, 31, 37, 43]
+
+
+@given(steps=st.integers(1, 300), data=st.data())
+def test_powers_fit_any_trajectory(steps: int, data: st.DataObject) -> None:
+    """Whatever the steps: as many full ones as without a power, the first among them."""
+    interval = data.draw(st.integers(1, steps))
+    plan = make_plan("deepcache", steps=steps, interval=interval, slots=1, placement="power")
+    assert plan.full_steps == -(-steps // interval)
+    assert plan.full[0]
+
+
+def test_powers_are_of_deepcache_only() -> None:
+    """In Python as in a recipe."""
+    match = "placement: got power with cache fora; expected cache deepcache"
+    with pytest.raises(ConfigError, match=match):
+        make_plan("fora", steps=6, interval=2, slots=1, placement="power")
+    with pytest.raises(ConfigError, match=match):
+        recipes.make({"cache": "fora", "placement": "power"})
 
 
 def test_fora_counts_down() -> None:
@@ -172,6 +226,14 @@ def test_taylor_computes_as_often_as_published(interval: int, full_steps: int) -
     assert plan.full[:2].all()
 
 
+@pytest.mark.parametrize(("interval", "full_steps"), [(4, 14), (5, 12), (6, 10), (9, 8)])
+def test_a_longer_warm_up_is_as_published(interval: int, full_steps: int) -> None:
+    """The official schedule for FLUX, T=50: the first three steps are full (caching.md, 4.2)."""
+    full = schedule(50, interval, warm_up=3)
+    assert full.sum() == full_steps
+    assert full[:4].tolist() == [True, True, True, False]
+
+
 @given(steps=st.integers(1, 40), data=st.data(), order=st.integers(0, 4), seed=st.integers(0, 99))
 def test_taylor_weights_are_the_official_ladder(
     steps: int, data: st.DataObject, order: int, seed: int
@@ -212,10 +274,21 @@ def test_taylor_is_exact_where_outputs_are_lines() -> None:
 
 def test_a_plan_starts_with_a_full_step() -> None:
     """There is nothing to reuse before it; and every step has its row of weights."""
-    with pytest.raises(ValueError, match="starts with a full step"):
-        StepPlan(full=np.array([False, True]), weights=np.ones((2, 1, 1), np.float32))
-    with pytest.raises(ValueError, match="one row of weights per step"):
-        StepPlan(full=np.array([True, True]), weights=np.ones((3, 1, 1), np.float32))
+    match = (
+        r"plan: got 2 steps of which the first is not full, where there is nothing to reuse; expect"
+        r"ed a full first step: set its entry of full \(and of mask\) to True"
+    )
+    weights, full = np.ones((2, 1, 1), np.float32), np.array([True, True])
+    with pytest.raises(ConfigError, match=match):
+        StepPlan(full=~full, weights=weights)
+    with pytest.raises(ConfigError, match=match):
+        StepPlan(full=full, weights=weights, form="partial", mask=np.array([[False], [True]]))
+    with pytest.raises(ConfigError, match="plan: got 0 steps of which the first is not full"):
+        StepPlan(full=full[:0], weights=weights[:0])
+    with pytest.raises(ConfigError, match="plan: got 3 rows of weights .* for 2 steps, expected o"):
+        StepPlan(full=full, weights=np.ones((3, 1, 1), np.float32))
+    with pytest.raises(ConfigError, match="plan: got 2 and 3 rows .*; give tables of the same num"):
+        StepPlan(full=full, weights=weights, mask=np.ones((3, 1), bool))
 
 
 @pytest.mark.parametrize(
@@ -227,7 +300,7 @@ def test_a_plan_starts_with_a_full_step() -> None:
         (
             "teacache",
             2,
-            "cache: unknown policy 'teacache'; expected one of none, fora, taylor, rfe",
+            "cache: unknown policy 'teacache'; expected one of none, fora, deepcache, taylor",
         ),
     ],
 )

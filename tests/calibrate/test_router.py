@@ -17,8 +17,9 @@ from ditcast.cache import make_plan
 from ditcast.cache.fitted import of_target
 from ditcast.cache.learned import KEPT, routed
 from ditcast.cache.plan import hold
-from ditcast.calibrate import calibrate, router
+from ditcast.calibrate import calibrate, qparams, router
 from ditcast.calibrate.cache import check
+from ditcast.calibrate.simulate import quantized
 from ditcast.calibrate.trajectory import follow
 from ditcast.errors import ConfigError
 from ditcast.models import LoadedModel
@@ -26,6 +27,7 @@ from ditcast.models.base import describe
 from ditcast.recipe import Recipe
 from ditcast.runtime import Pipeline
 from ditcast.runtime.audit import audit
+from ditcast.tables import warn_of_idle_cache
 from tests.conftest import RECIPE, make_bundle
 
 STEPS, SLOTS = 8, 4
@@ -106,6 +108,25 @@ def test_increments_of_reuse_add_up(tiny: LoadedModel) -> None:
             total, before = total + after - before, after
     assert torch.allclose(total, wanted, atol=1e-2 * float(wanted.abs().max()))
     assert float(wanted.abs().max()) > 0
+
+
+def test_an_empty_cache_leaves_the_price_only(tiny: LoadedModel) -> None:
+    """2.6 v: a slot without one is computed whatever its score, so its gradient is beta g'."""
+    school, beta = router._School(tiny, recipe_of(), 0.5), 0.01
+    torch.manual_seed(0)
+    pupil = school.fresh(0)
+    for filled in ([], [0, 2, 3], [0, 1, 2, 3]):
+        pupil.cache = [
+            torch.randn(4, *tiny.adapter.slot_shape) if k in filled else None for k in range(SLOTS)
+        ]
+        rho = school.rho[3]
+        rho.grad, scores = None, rho.sigmoid()
+        error, _, _ = school.error(pupil, 3, scores)
+        (error + beta * scores.sum()).backward()
+        assert rho.grad is not None
+        price = beta * scores * (1 - scores)
+        same = torch.isclose(rho.grad, price, rtol=1e-4, atol=0)
+        assert same.tolist() == [k not in filled for k in range(SLOTS)]
 
 
 @pytest.mark.parametrize("iepo", ["leave_one_out", "cumulative"])
@@ -194,8 +215,32 @@ def test_learned_bundles_run_in_both_loops(tiny: LoadedModel, tmp_path: Path) ->
     reference = Pipeline(bundle, target="reference").sample([0, 3], seed=0)
     wanted = followed(tiny, pipeline.plan()).numpy()
     assert np.abs(reference - wanted).max() < 1e-4 * np.ptp(wanted)
+    with quantized(tiny.adapter, qparams.of_bundle(bundle)):
+        wanted = followed(tiny, pipeline.plan()).numpy()
+    error = np.square(pipeline.sample([0, 3], seed=0) - wanted).mean() / np.ptp(wanted) ** 2
+    assert -10 * np.log10(error) > 40
     with pytest.raises(ConfigError, match="cache: got learned, whose branches backend openvino"):
         Pipeline(bundle, backend="openvino", target="reference").sample([0])
+
+
+@pytest.mark.parametrize(
+    ("rows", "match"),
+    [
+        ([KEPT] * STEPS, "cache learned never reuses: all 8 steps are full"),
+        ([KEPT] + [-KEPT] * (STEPS - 1), "cache learned reuses every slot at every step but the f"),
+    ],
+)
+def test_routers_that_choose_nothing(
+    rows: list[float], match: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A warning, and an error where that is asked for; one slot at one step is a choice."""
+    held = logits(*rows)
+    warn_of_idle_cache("learned", routed(held), strict=False)
+    assert f"warning: {match}" in " ".join(capsys.readouterr().err.split())
+    with pytest.raises(ConfigError, match=match):
+        warn_of_idle_cache("learned", routed(held), strict=True)
+    held[3, 1] = -held[3, 1]
+    warn_of_idle_cache("learned", routed(held), strict=True)
 
 
 @pytest.mark.parametrize(

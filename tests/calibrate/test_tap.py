@@ -44,6 +44,48 @@ def test_without_content_clusters_are_times() -> None:
     assert len({*zip(found.tolist(), steps.tolist(), strict=True)}) == 4
 
 
+@pytest.fixture
+def affinities(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """The matrices that were to be clustered."""
+    seen: list[Tensor] = []
+
+    class Spy:
+        def __init__(self, *_: Any, **__: Any) -> None:
+            """Of any settings."""
+
+        def fit_predict(self, affinity: Any) -> Any:
+            seen.append(torch.from_numpy(affinity))
+            return affinity[0].argsort()
+
+    monkeypatch.setattr("sklearn.cluster.SpectralClustering", Spy)
+    return seen
+
+
+@pytest.mark.parametrize(("shifted", "content"), [(False, [1, 0, 0]), (True, [1, 0.5, 0])])
+def test_opposites_are_apart_and_the_unlike_in_between(
+    affinities: list[Tensor], shifted: bool, content: list[float]
+) -> None:
+    """Cosines 1, 0 and -1, cut at 0 or shifted; half of the affinity, beside that of time."""
+    inputs = torch.tensor([[1.0, 0.0], [0.0, 2.0], [-3.0, 0.0]])
+    tap.cluster(inputs, torch.tensor([0, 0, 1]), 2, seed=0, shifted=shifted)
+    time = torch.exp(-torch.tensor([0.0, 0.0, 1.0], dtype=torch.float64))
+    wanted = 0.5 * torch.tensor(content, dtype=torch.float64) + 0.5 * time
+    assert torch.allclose(affinities[0][0], wanted)
+    tap.select(inputs.repeat(4, 1), torch.zeros(12), 6, seed=0, shifted=shifted)
+    assert bool((affinities[-1] - 0.75).abs().lt(1e-9).any()) == shifted
+
+
+def test_centered_inputs_lose_what_their_elements_share(affinities: list[Tensor]) -> None:
+    """A cosine of nearly 1 becomes that of what is left of each input."""
+    inputs = torch.tensor([[3.0, -3.0, 0.0], [1.0, 1.0, -2.0]])
+    for centered in (False, True):
+        tap.cluster(inputs + 100, torch.zeros(2), 1, seed=0, alpha=1, centered=centered)
+    assert float(affinities[0][0, 1]) > 0.99
+    assert float(affinities[1][0, 1]) == pytest.approx(0, abs=1e-9)
+    tap.select((inputs + 100).repeat(4, 1), torch.zeros(8), 4, seed=0, alpha=1, centered=True)
+    assert float(affinities[-1].min()) == pytest.approx(0, abs=1e-9)
+
+
 def similarity(inputs: Tensor, drawn: Tensor) -> float:
     """Mean cosine of pairs."""
     flat = functional.normalize(inputs[drawn].flatten(1), dim=1)
@@ -90,10 +132,14 @@ def test_rows_are_those_of_steps_that_compute(
     tiny: LoadedModel,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
     selection: str,
     trajectories: str,
 ) -> None:
-    """Under a cache the pool is that of full steps; bins of reuse steps have scales too."""
+    """Under a cache the pool is that of full steps; bins of reuse steps have scales too.
+
+    TAP, whose draw is not flat, says how many rows of each step it is (1.3, iv).
+    """
     seen = spied_rows(monkeypatch)
     pools: list[Tensor] = []
     select = tap.select
@@ -116,6 +162,9 @@ def test_rows_are_those_of_steps_that_compute(
     if selection == "tap":  # of the whole pool, which is 8 rows of each step
         pool = torch.tensor(computed).repeat_interleave(8)
         assert torch.equal(rows.sample, pools[0][select(pools[0], pool, 12, seed=0)])
+        counts = [int((rows.timesteps == t).sum()) for t in timesteps]
+        said = f"calibrating: TAP draws, of steps 0 to 5: {counts} rows"
+        assert said in capsys.readouterr().err
     if selection == "uniform":
         assert pools == []
         each = 12 // len(computed)

@@ -58,7 +58,7 @@ def conditional(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
 
 @pytest.fixture(scope="module")
 def w8a8(conditional: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """Its bundle in W8A8 with FORA, which is DeepCache here; guided."""
+    """Its bundle in W8A8 with FORA, over DeepCache's branch here; guided."""
     return make_bundle(conditional, tmp_path_factory.mktemp("w8a8") / "b")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,18 +17,21 @@ import torch
 from ditcast import recipe as recipes
 from ditcast.bundle import Bundle
 from ditcast.cache import make_plan
+from ditcast.cache.fitted import of_target, save
 from ditcast.cache.stepping import GRAPHS, graphs, held
 from ditcast.calibrate import qparams
+from ditcast.calibrate.cache import FILE
 from ditcast.calibrate.collect import draw_labels
 from ditcast.calibrate.simulate import quantized
 from ditcast.calibrate.threshold import _polynomial
 from ditcast.calibrate.trajectory import follow, sample
 from ditcast.errors import ConfigError
+from ditcast.export import to_onnx
 from ditcast.manifest import REFERENCE
 from ditcast.models import LoadedModel
-from ditcast.models.dit_steps import estimate
 from ditcast.runtime import Pipeline
 from ditcast.runtime.audit import audit
+from ditcast.runtime.bench import announce, bench
 from ditcast.schedule import from_config
 from ditcast.tables import warn_of_idle_run
 from tests.conftest import RECIPE, Cli, make_bundle
@@ -71,6 +75,20 @@ def test_both_loops_give_the_same_bits(made: Bundle) -> None:
     for labels in (LABELS, LABELS[:1]):
         host = pipeline.sample(labels, seed=2)
         assert np.array_equal(host, pipeline.sample(labels, seed=2, loop="graph"))
+
+
+def test_the_graph_loop_counts_its_full_steps(made: Bundle, cli: Cli, tmp_path: Path) -> None:
+    """As the host loop does, batch by batch, so that a cache at work passes --strict there too."""
+    out, report = tmp_path / "out.npy", tmp_path / "out.json"
+    command = ("sample", made.path, "-o", out, "--labels", *LABELS, "--quiet", "--json", report)
+    done = cli(*command, "--loop", "graph", "--strict")
+    assert (done.code, done.err) == (0, "")
+    counts = json.loads(report.read_text())
+    pipeline = Pipeline(made)  # whose batches are of two
+    full = [full_of(pipeline, LABELS[i : i + 2], first=i)[1] for i in (0, 2)]
+    assert counts["full_steps"] == sum(map(sum, full)) / 2
+    assert counts["full_steps"] + counts["reuse_steps"] == STEPS
+    assert pipeline.full_steps == sum(full[1])
 
 
 def test_a_policy_reuses_and_stays_close(made: Bundle) -> None:
@@ -169,14 +187,6 @@ def test_a_threshold_belongs_to_its_policy(stacked: Bundle) -> None:
         Pipeline(stacked).sample([0], cache=static)
 
 
-def test_caches_that_memory_does_not_hold(made: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    """How much it would be, and what would fit."""
-    monkeypatch.setattr("ditcast.runtime.pipeline.available_memory_mib", lambda: 0.05)
-    match = r"cache: got \d+ MiB of kept outputs for 6 rows, expected at most the 0 MiB that are av"
-    with pytest.raises(ConfigError, match=match):
-        Pipeline(made).sample(LABELS)
-
-
 @pytest.fixture(scope="module")
 def stacked(tiny: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """A float bundle with a threshold of its own."""
@@ -219,6 +229,25 @@ def test_runs_that_decide_nothing(
     warn_of_idle_run("first-block", plan, [counts[0], 3], strict=True)  # one batch did otherwise
 
 
+def test_bench_says_that_a_policy_decided_nothing(
+    stacked: Bundle, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In its row, for the gate, and as a warning."""
+    tables, threshold = of_target(stacked, REFERENCE), np.asarray(1e9, np.float32)
+    monkeypatch.setattr(
+        "ditcast.runtime.pipeline.of_target", lambda *_: tables._replace(threshold=threshold)
+    )
+    monkeypatch.setattr("ditcast.runtime.bench._peak_memory_mib", lambda *_: None)
+    report = bench(stacked, count=4)
+    reason = "cache first-block reused every step that it may: its threshold is 1e+09"
+    assert {row["name"]: row["idle"] for row in report["variants"][:2]} == {
+        "full precision": None,
+        "cache": reason,
+    }
+    announce(report)
+    assert f"warning: cache: {reason}" in " ".join(capsys.readouterr().err.split())
+
+
 @pytest.mark.parametrize(
     ("threshold", "match"),
     [(1e-9, "with which 6 of 6 steps are full"), (1e9, "with which 1 of 6 steps are full")],
@@ -231,6 +260,27 @@ def test_thresholds_that_decide_nothing(
         make_bundle(
             tiny, tmp_path / "b", scheme="none", cache="first-block", steps=6, threshold=threshold
         )
+
+
+@pytest.mark.parametrize(
+    ("threshold", "match"), [(1e-9, "never reused: all 6 steps were"), (1e9, "reused every step")]
+)
+def test_the_graph_loop_says_that_it_decided_nothing(
+    stacked: Bundle, tiny: LoadedModel, cli: Cli, tmp_path: Path, threshold: float, match: str
+) -> None:
+    """Its threshold is a constant; under --strict that is an error."""
+    path = tmp_path / "b"
+    shutil.copytree(stacked.path, path)
+    bundle = Bundle.open(path)
+    tables = of_target(bundle, REFERENCE)._replace(threshold=np.asarray(threshold, np.float32))
+    save(tables, tables, bundle.staged(FILE))
+    bundle.commit({})
+    to_onnx(bundle, tiny)
+    command = ("sample", path, "-o", tmp_path / "out.npy", "--labels", 0, "--loop", "graph")
+    done = cli(*command)
+    assert done.code == 0
+    assert f"warning: cache first-block {match}" in " ".join(done.err.split())
+    assert cli(*command, "--strict").code == 2
 
 
 def test_full_steps_fall_with_the_threshold(tiny: LoadedModel) -> None:
@@ -301,34 +351,6 @@ def _with_threshold(policy: str, threshold: float) -> Any:
     plan = make_plan(policy, steps=STEPS, interval=INTERVAL, slots=4)
     assert plan.gate is not None
     return replace(plan, gate=replace(plan.gate, threshold=threshold))
-
-
-def relate(y: torch.Tensor, a: torch.Tensor, now: torch.Tensor, factors: torch.Tensor) -> Any:
-    """What RFE makes of one slot, (N, S, D), through the step module's own arithmetic."""
-    slope = (y[0] - y[1]).flatten(1).norm(dim=1) / (a[0] - a[1]).flatten(1).norm(dim=1)
-    increment = (factors[:, None, None, None] * y).sum(dim=0) - y[0]
-    return estimate(y[0], increment, slope, now - a[0])
-
-
-def test_rfe_is_exact_on_a_linear_module() -> None:
-    """Inputs that go straight on, at whatever speed (RFC 3.5 i): Taylor's first order is not."""
-    torch.manual_seed(0)
-    weight, start, direction = torch.randn(8, 8), torch.randn(2, 5, 8), torch.randn(2, 5, 8)
-    places = {"q": 0.0, "p": 1.0, "now": 1.7}  # Taylor would go on to 2
-    a = {name: start + place * direction for name, place in places.items()}
-    y = {name: x @ weight for name, x in a.items()}
-    last = torch.stack([y["p"], y["q"]]), torch.stack([a["p"], a["q"]])
-    found = relate(*last, a["now"], torch.tensor([2.0, -1.0]))
-    assert torch.allclose(found, y["now"], atol=1e-5)
-    assert not torch.allclose(2 * y["p"] - y["q"], y["now"], atol=0.1)
-
-
-def test_rfe_without_a_change_keeps_the_output() -> None:
-    """An input as at the last full step (3.5 ii), and an increment of zero (iii)."""
-    torch.manual_seed(1)
-    y, a = torch.randn(2, 2, 5, 8), torch.randn(2, 2, 5, 8)
-    assert torch.equal(relate(y, a, a[0], torch.tensor([2.0, -1.0])), y[0])
-    assert torch.equal(relate(y, a, torch.randn(2, 5, 8), torch.tensor([1.0, 0.0])), y[0])
 
 
 def test_every_step_graph_has_a_signature(tiny: LoadedModel) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,32 @@ def test_full_steps_are_where_calibration_put_them(
         assert pipeline.sample(LABELS, steps=4, cache="none").shape == host.shape
     shown = cli("inspect", bundle.path).out
     assert re.search(rf"full steps +{' '.join(map(str, places))}\b", shown)
+
+
+def test_deepcache_runs_in_both_loops(tiny: LoadedModel, tmp_path: Path, cli: Cli) -> None:
+    """Non-uniform as its code places them; in other steps; any bundle can run the uniform one."""
+    keys: dict[str, Any] = {"cache": "deepcache", "placement": "power", "interval": 5, "steps": 20}
+    bundle = make_bundle(tiny, tmp_path / "deepcache", **keys)
+    pipeline, seen = Pipeline(bundle), list[Step]()
+    host = pipeline.sample(LABELS, seed=SEED, callback=seen.append)
+    assert [step.index for step in seen if step.full] == [0, 5, 8, 13]
+    np.testing.assert_array_equal(pipeline.sample(LABELS, seed=SEED, loop="graph"), host)
+    assert pipeline.plan(10).full_steps == 2
+    assert pipeline.plan(cache="fora").full_steps == 5
+    assert pipeline.full_steps == 4
+    out = tmp_path / "out.npy"
+    command = ("sample", bundle.path, "-o", out, "--labels", 0, "--cache", "deepcache")
+    assert cli(*command, "--loop", "graph", "--strict").code == 0
+
+
+def test_every_bundle_runs_deepcache(shared_bundle: Bundle, cli: Cli, tmp_path: Path) -> None:
+    """At the recipe's interval, from the command line: T=6, N=2 is full at 0, 2 and 4."""
+    out, figures = tmp_path / "out.npy", tmp_path / "out.json"
+    command = ("sample", shared_bundle.path, "-o", out, "--labels", 0, "--cache", "deepcache")
+    assert cli(*command, "--json", figures).code == 0
+    assert json.loads(figures.read_text())["full_steps"] == 3
+    wanted = Pipeline(shared_bundle).sample([0], cache=hold(np.arange(6) % 2 == 0, 4))
+    np.testing.assert_array_equal(np.load(out), wanted)
 
 
 def test_graphs_of_other_tables_are_stale(tiny: LoadedModel, tmp_path: Path) -> None:

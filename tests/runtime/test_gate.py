@@ -65,6 +65,11 @@ def idle(report: Report) -> None:
     report["variants"][3] |= {"full_steps": 6, "reuse_step_ms": None}
 
 
+def eager(report: Report) -> None:
+    reason = "cache stack reused every step that it may: its threshold is 1e+09"
+    report["variants"][3] |= {"cache": "stack", "full_steps": 2, "idle": reason}
+
+
 def black(report: Report) -> None:
     with_samples(report, BEST, np.full_like(pictures(), -1), pictures())
 
@@ -87,12 +92,18 @@ def others(report: Report) -> None:
     [
         (slower, "slower", ["not slower"], f"{BEST} runs at 0.97 times the speed"),
         (idle, "idle-cache", [f"cache of {BEST}"], "6 of 6 steps were full, so cache fora never"),
+        (
+            eager,
+            "idle-cache",
+            [f"cache of {BEST}"],
+            "2 of 6 steps were full; cache stack reused ev",
+        ),
         (black, "pictures", ["no flat pictures", "pictures of the same"], "8 of 8 pictures"),
         (noise, "pictures", ["no noisy pictures", "pictures of the same"], "are noise"),
         (blur, "pictures", ["no blurred pictures"], "are blurred, with less than half"),
         (others, "pictures", [*UNLIKE, "pictures of the same"], "dB to one another"),
     ],
-    ids=["slower", "dead cache", "black", "noise", "blurred", "other pictures"],
+    ids=["slower", "dead cache", "always reusing", "black", "noise", "blurred", "other pictures"],
 )
 def test_planted_figures(
     cli: Cli,

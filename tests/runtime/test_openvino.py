@@ -10,12 +10,14 @@ import pytest
 
 from ditcast.bundle import Bundle
 from ditcast.errors import ConfigError, MissingDependencyError, UnsupportedError
+from ditcast.models import LoadedModel
 from ditcast.runtime import Pipeline
 from ditcast.runtime.audit import audit
 from ditcast.runtime.backends import GraphFile, graph_file, make_backend
 from ditcast.runtime.backends.onnxruntime import OnnxRuntimeSession
 from ditcast.runtime.backends.openvino import OpenVinoBackend
 from ditcast.settings import Settings
+from tests.conftest import make_bundle
 
 LABELS = [0, 3, 4]
 
@@ -40,6 +42,29 @@ def test_samples_are_those_of_onnx_runtime(
     wanted = Pipeline(narrow_bundle).sample(LABELS, cache=cache)
     found = Pipeline(narrow_bundle, backend=backend).sample(LABELS, cache=cache)
     assert db(found, wanted) > 40
+
+
+@pytest.mark.parametrize("policy", ["relational", "first-block"])
+def test_policies_decide_as_in_onnx_runtime(
+    tiny: LoadedModel, backend: OpenVinoBackend, tmp_path: Path, policy: str
+) -> None:
+    """The host loop over OpenVINO's graphs: the same steps are full, in both precisions."""
+    keys: dict[str, Any] = {"cache": policy, "scheme": "w7a8", "steps": 10, "interval": 3}
+    bundle = make_bundle(tiny, tmp_path / "b", ("onnxruntime", "openvino"), **keys)
+    for target, limit in (("reference", 60), (None, 40)):
+        wanted, found = (
+            sampled(Pipeline(bundle, backend=runs, target=target))
+            for runs in ("onnxruntime", backend)
+        )
+        assert db(found[0], wanted[0]) > limit
+        assert found[1] == wanted[1]
+        assert 1 < sum(found[1]) < 10
+
+
+def sampled(pipeline: Pipeline) -> tuple[np.ndarray, list[bool]]:
+    """Samples, and which of their steps were full."""
+    full: list[bool] = []
+    return pipeline.sample(LABELS, callback=lambda step: full.append(step.full)), full
 
 
 def test_a_float_graph_is_in_full_precision(

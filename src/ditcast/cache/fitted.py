@@ -63,6 +63,7 @@ def plan_of(recipe: Recipe, slots: int) -> StepPlan:
         interval=recipe.interval,
         order=recipe.order,
         slots=slots,
+        placement=recipe.placement,
     )
 
 

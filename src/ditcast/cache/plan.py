@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from ditcast.errors import ConfigError
+
 
 @dataclass(frozen=True, kw_only=True)
 class Gate:
@@ -51,7 +53,7 @@ class StepPlan:
     others repeat what they gave last.
 
     Raises:
-        ValueError: the first step is not full, or `weights` has another number of steps.
+        ConfigError: there is no step, the first is not full, or `weights` or `mask` do not fit.
     """
 
     full: NDArray[np.bool_]
@@ -62,8 +64,20 @@ class StepPlan:
 
     def __post_init__(self) -> None:
         """A trajectory has to start with a full step: there is nothing to reuse before it."""
-        if not self.full[0] or self.weights.shape[0] != len(self.full):
-            raise ValueError("a plan starts with a full step and has one row of weights per step")
+        steps = len(self.full)
+        masked = self.mask is not None and not self.mask[:1].all()
+        if masked or not self.full[:1].any():
+            raise ConfigError(
+                f"plan: got {steps} steps of which the first is not full, where there is nothing "
+                "to reuse; expected a full first step: set its entry of full (and of mask) to True"
+            )
+        tables = [self.weights] if self.mask is None else [self.weights, self.mask]
+        if any(len(table) != steps for table in tables):
+            got = " and ".join(str(len(table)) for table in tables)
+            raise ConfigError(
+                f"plan: got {got} rows of weights (and mask) for {steps} steps, expected one per "
+                "step; give tables of the same number of steps"
+            )
 
     @property
     def history(self) -> int:

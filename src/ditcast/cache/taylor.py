@@ -32,9 +32,9 @@ def placed(places: Sequence[int], steps: int, slots: int, order: int) -> StepPla
     return StepPlan(full=full, weights=weights)
 
 
-def schedule(steps: int, interval: int) -> NDArray[np.bool_]:
-    """Which of the steps are full, (T,)."""
+def schedule(steps: int, interval: int, warm_up: int = WARM_UP) -> NDArray[np.bool_]:
+    """Which of the steps are full, (T,); the official code for FLUX has a warm-up of 3."""
     full = np.zeros(steps, bool)
-    full[:WARM_UP] = True
-    full[WARM_UP + interval - 1 :: interval] = True
+    full[:warm_up] = True
+    full[warm_up + interval - 1 :: interval] = True
     return full

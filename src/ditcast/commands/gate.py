@@ -77,8 +77,8 @@ def gate(
     """Hold a bundle's own figures to limits; exit 1 with a line for each that fails.
 
     Without any limit these fail: a report or an audit that is stale, a quantized layer in float, a
-    cache that never triggers, a result slower than full precision, and pictures that are flat,
-    blurred, noise, or of something else. Nothing is measured: run bench and audit before.
+    cache that never triggers or always does, a result slower than full precision, and pictures that
+    are flat, blurred, noise, or of something else. Nothing is measured: run bench and audit before.
     """
     from ditcast.bundle import Bundle
     from ditcast.commands.ci import junit, markdown

@@ -80,9 +80,8 @@ def sample(
     seconds = time.perf_counter() - started
     images.save(found, output, scale)
     figures: dict[str, Any] = {"images": len(numbers), "seconds": round(seconds, 3)}
-    if full:
-        mean = sum(full) / len(full)
-        figures |= {"full_steps": mean, "reuse_steps": len(plan.full) - mean}
+    mean = sum(full) / len(full)
+    figures |= {"full_steps": mean, "reuse_steps": len(plan.full) - mean}
     figures["peak_memory_mib"] = round(machine.peak_memory_mib(), 1)
     write_json(json_file, figures | pipeline.backend.facts())
     click.echo(f"{output}: {len(numbers)} images in {seconds:.1f} s")
@@ -92,23 +91,23 @@ def sample(
 def _batches(
     pipeline: Pipeline, labels: list[int], plan: StepPlan, request: dict[str, Any]
 ) -> tuple[Samples, list[int]]:
-    """All samples in batches of the recipe's size, and how many steps of each batch were full.
-
-    The graph loop does not say on which steps its gate decided; then that is empty.
-    """
+    """All samples in batches of the recipe's size, and how many steps of each batch were full."""
     size, watched = pipeline.recipe.batch, request["loop"] == "host"
     starts = range(0, len(labels), size)
     found: list[Samples] = []
-    full = [0 if watched else plan.full_steps] * len(starts)
+    full: list[int] = []
     each = len(plan.full) if watched else 1  # the graph loop shows nothing before its end
     with counting("sampling", len(starts) * each) as advance:
 
         def watch(step: Step) -> None:
-            full[len(found)] += step.full
+            del step
             advance()
 
         callback = watch if watched else None
         for i in starts:
             batch = pipeline.sample(labels[i : i + size], first=i, callback=callback, **request)
             found.append(batch)
-    return np.concatenate(found), full if watched or plan.gate is None else []
+            full.append(pipeline.full_steps)
+            if not watched:
+                advance()
+    return np.concatenate(found), full

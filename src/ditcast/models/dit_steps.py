@@ -205,10 +205,18 @@ class Partial(_Step):
         return self.walk(sample, features, choose)
 
     def soft(
-        self, sample: Tensor, features: Tensor, scores: Tensor, cache: Sequence[Tensor]
+        self, sample: Tensor, features: Tensor, scores: Tensor, cache: Sequence[Tensor | None]
     ) -> tuple[Tensor, ...]:
-        """The same with scores (K,) in [0, 1] that mix both (HarmoniCa's student)."""
-        return self.walk(sample, features, lambda k, y: scores[k] * y + (1 - scores[k]) * cache[k])
+        """The same with scores (K,) in [0, 1] that mix both (HarmoniCa's student).
+
+        A slot whose cache is empty (None) is computed, whatever its score.
+        """
+
+        def mix(k: int, y: Tensor) -> Tensor:
+            held = cache[k]
+            return y if held is None else scores[k] * y + (1 - scores[k]) * held
+
+        return self.walk(sample, features, mix)
 
     def walk(
         self, sample: Tensor, features: Tensor, choose: Callable[[int, Tensor], Tensor]
