@@ -16,7 +16,7 @@ from ditcast.runtime.images import Pixels
 from ditcast.runtime.verdict import Row, compared, gains, interaction, notes, verdict
 
 TEMPLATES = Path(__file__).parent / "templates"
-PLOTS = ("speed", "closeness", "plan", "forecast", "ranges", "selection")
+PLOTS = ("speed", "closeness", "cosine", "plan", "forecast", "ranges", "selection")
 MAPPED_LAYERS = 8  # lines in the plot of input scales: more cannot be told apart
 
 Values = dict[str, Any]
@@ -43,6 +43,7 @@ def render(
     plots = _plots(figures, colours)
     text = _template(jinja2, "report.html.j2").render(
         report=figures,
+        recipe=figures["bundle"]["recipe"],
         rows=rows,
         headline=made[-1] if made else None,
         verdict=verdict(figures),
@@ -128,6 +129,8 @@ def _plots(figures: Values, colours: dict[str, str]) -> dict[str, str]:
     close = {name: row for name, row in steps["closeness_db"].items() if name in colours}
     if not figures["bundle"]["random_weights"]:
         found["closeness"] = charts.lines(close, colours, title="dB")
+    if cosine := steps.get("feature_cosine"):  # earlier versions have measured none
+        found["cosine"] = charts.lines({"cosine": cosine}, {"cosine": COLOURS[1]}, title="cosine")
     if steps["plan"]:
         found["plan"] = charts.kind_map(
             steps["plan"], steps["slots"], charts.SLOTS, steps["timesteps"]

@@ -59,7 +59,7 @@ def row(name: str) -> dict[str, Any]:
 
 def steps(names: tuple[str, ...]) -> dict[str, Any]:
     """What happens in six steps of four slots; the noise guard has held one forecast back."""
-    cached = "cache" in " ".join(names)
+    cached, quantized = "cache" in " ".join(names), "w8a8" in names
     slots = [f"blocks.{i}.{part}" for i in range(2) for part in ("attn", "mlp")]
     errors = [[0.1 * step for step in range(6)]] * 4
     return {
@@ -67,6 +67,7 @@ def steps(names: tuple[str, ...]) -> dict[str, Any]:
         "slots": slots,
         "plan": ["frfpfp", "frfpfp", "frfhfp", "frfpfp"] if cached else None,
         "closeness_db": {name: [60.0, 50, 40, 38, 35, 30] for name in names[1:4]},
+        "feature_cosine": [0.9991, 0.9994, 0.9996, 0.9997, 0.9998, 1.0] if quantized else None,
         "forecast_error": errors if cached else None,
         "reuse_error": errors if cached else None,
         "ranges": {"blocks.0.attn.qkv": [0.1, 0.2, 0.2, 0.3, 0.4, 0.5]} if cached else {},

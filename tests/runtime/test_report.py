@@ -257,8 +257,9 @@ def test_step_by_step(bundle: Bundle) -> None:
     page = render(bundle, make_report(bundle, *NAMES))
     assert "held back by the noise guard: 1 of 24" in page.text
     assert "forecast: 7 of 24" in page.text
-    for name in ("closeness", "plan", "forecast", "ranges", "speed"):
+    for name in ("closeness", "cosine", "plan", "forecast", "ranges", "speed"):
         assert f'id="plot-{name}"' in page.source
+    assert "(--temporal fp), so it is about 1 throughout" in page.text
     report = make_report(bundle, *NAMES[:2])
     report["steps"]["selection"] = ["mmmccc", "mccccc"]
     page = render(bundle, report)
@@ -266,6 +267,28 @@ def test_step_by_step(bundle: Bundle) -> None:
     assert "computed by the quantized module: 4 of 12 stored: 8 of 12" in page.text
     assert 'id="plot-selection"' in page.source
     assert 'id="plot-plan"' not in page.source
+
+
+@pytest.mark.parametrize(
+    ("keys", "sentence"),
+    [
+        ({"scheme": "none"}, "They are full precision's: nothing is quantized."),
+        ({"balance": "smooth"}, "Factors of balancing or scales per step are folded into them"),
+        ({"fsc": "all"}, "Factors of balancing or scales per step are folded into them"),
+        ({}, "It was not measured here; ditcast bench measures it."),
+    ],
+)
+def test_page_says_why_features_do_not_compare(
+    bundle: Bundle, keys: dict[str, Any], sentence: str
+) -> None:
+    report = make_report(bundle, *NAMES)
+    report["bundle"]["recipe"] |= keys
+    report["steps"]["feature_cosine"] = None
+    page = render(bundle, report)
+    assert sentence in page.text
+    assert 'id="plot-cosine"' not in page.source
+    del report["steps"]["feature_cosine"]  # as earlier versions wrote it
+    assert render(bundle, report).source == page.source
 
 
 def missing(bundle: Bundle) -> None:
