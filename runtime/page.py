@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from ditcast import recipe as recipes
 from ditcast.bundle import Bundle
 from ditcast.errors import optional
 from ditcast.runtime import charts, sections
@@ -43,7 +44,7 @@ def render(
     plots = _plots(figures, colours)
     text = _template(jinja2, "report.html.j2").render(
         report=figures,
-        recipe=figures["bundle"]["recipe"],
+        recipe=recipes.make(figures["bundle"]["recipe"]),
         rows=rows,
         headline=made[-1] if made else None,
         verdict=verdict(figures),

@@ -257,6 +257,7 @@ def test_step_by_step(bundle: Bundle) -> None:
     page = render(bundle, make_report(bundle, *NAMES))
     assert "held back by the noise guard: 1 of 24" in page.text
     assert "forecast: 7 of 24" in page.text
+    assert "one scale for all steps" not in page.text
     for name in ("closeness", "cosine", "plan", "forecast", "ranges", "speed"):
         assert f'id="plot-{name}"' in page.source
     assert "(--temporal fp), so it is about 1 throughout" in page.text
@@ -266,6 +267,7 @@ def test_step_by_step(bundle: Bundle) -> None:
     assert "Nothing is cached: every slot is computed at every step." in page.text
     assert "computed by the quantized module: 4 of 12 stored: 8 of 12" in page.text
     assert 'id="plot-selection"' in page.source
+    assert "one scale for all steps; --fsc all makes them one per step." in page.text
     assert 'id="plot-plan"' not in page.source
 
 
