@@ -14,6 +14,7 @@ from ditcast.errors import optional
 from ditcast.runtime import charts, sections
 from ditcast.runtime.charts import COLOURS
 from ditcast.runtime.images import Pixels
+from ditcast.runtime.steps import FORECAST
 from ditcast.runtime.verdict import Row, compared, gains, interaction, notes, verdict
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -58,6 +59,7 @@ def render(
         plots=plots,
         plotly=charts.library(plots.values()),
         slot_key=charts.key_of(figures["steps"]["plan"], charts.SLOTS),
+        forecasts=FORECAST in "".join(figures["steps"]["plan"] or []),
         source_key=charts.key_of(figures["steps"]["selection"], charts.SOURCES),
         audit=None if audit is None else sections.audited(audit),
         audit_note=audit_note,
@@ -136,9 +138,10 @@ def _plots(figures: Values, colours: dict[str, str]) -> dict[str, str]:
         found["plan"] = charts.kind_map(
             steps["plan"], steps["slots"], charts.SLOTS, steps["timesteps"]
         )
-    if steps["forecast_error"]:
-        title = "error of the forecast"
-        found["forecast"] = charts.table_map(steps["forecast_error"], steps["slots"], title)
+    if steps["forecast_error"] and steps["reuse_error"]:
+        found["forecast"] = charts.ratio_map(
+            steps["forecast_error"], steps["reuse_error"], steps["slots"]
+        )
     if steps["ranges"]:
         ranges = _widest(steps["ranges"])
         own = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(ranges)}

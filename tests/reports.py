@@ -61,7 +61,8 @@ def steps(names: tuple[str, ...]) -> dict[str, Any]:
     """What happens in six steps of four slots; the noise guard has held one forecast back."""
     cached, quantized = "cache" in " ".join(names), "w8a8" in names
     slots = [f"blocks.{i}.{part}" for i in range(2) for part in ("attn", "mlp")]
-    errors = [[0.1 * step for step in range(6)]] * 4
+    errors = [[0, 0.1, 0, 0.3, 0, 0.5]] * 4
+    reused = [[0, 0.2, 0, 0.25 if slot == 2 else 0.4, 0, 0.6] for slot in range(4)]
     return {
         "timesteps": [999, 832, 666, 500, 333, 166],
         "slots": slots,
@@ -69,7 +70,7 @@ def steps(names: tuple[str, ...]) -> dict[str, Any]:
         "closeness_db": {name: [60.0, 50, 40, 38, 35, 30] for name in names[1:4]},
         "feature_cosine": [0.9991, 0.9994, 0.9996, 0.9997, 0.9998, 1.0] if quantized else None,
         "forecast_error": errors if cached else None,
-        "reuse_error": errors if cached else None,
+        "reuse_error": reused if cached else None,
         "ranges": {"blocks.0.attn.qkv": [0.1, 0.2, 0.2, 0.3, 0.4, 0.5]} if cached else {},
         "selection": None,
     }

@@ -264,11 +264,23 @@ def test_step_by_step(bundle: Bundle) -> None:
     report = make_report(bundle, *NAMES[:2])
     report["steps"]["selection"] = ["mmmccc", "mccccc"]
     page = render(bundle, report)
+    assert 'id="plot-forecast"' not in page.source
+    assert "noise guard" not in page.text
     assert "Nothing is cached: every slot is computed at every step." in page.text
     assert "computed by the quantized module: 4 of 12 stored: 8 of 12" in page.text
     assert 'id="plot-selection"' in page.source
     assert "one scale for all steps; --fsc all makes them one per step." in page.text
     assert 'id="plot-plan"' not in page.source
+
+
+def test_page_says_how_errors_of_forecasts_are_measured(bundle: Bundle) -> None:
+    """Where there are forecasts, and the guard is off."""
+    report = make_report(bundle, *NAMES)
+    report["steps"] |= {"forecast_error": None, "reuse_error": None}
+    sentence = "It was not measured, as the noise guard is off: --guard on measures it"
+    assert sentence in render(bundle, report).text
+    report["steps"]["plan"] = ["frfrfr"] * 4
+    assert sentence not in render(bundle, report).text
 
 
 @pytest.mark.parametrize(
