@@ -41,11 +41,11 @@ def render(
     jinja2 = optional("jinja2", "report")
     rows = figures["variants"]
     colours = {row["name"]: COLOURS[i % len(COLOURS)] for i, row in enumerate(rows)}
-    made = gains(rows)
+    made, recipe = gains(rows), recipes.make(figures["bundle"]["recipe"])
     plots = _plots(figures, colours)
     text = _template(jinja2, "report.html.j2").render(
         report=figures,
-        recipe=recipes.make(figures["bundle"]["recipe"]),
+        recipe=recipe,
         rows=rows,
         headline=made[-1] if made else None,
         verdict=verdict(figures),
@@ -60,6 +60,7 @@ def render(
         plotly=charts.library(plots.values()),
         slot_key=charts.key_of(figures["steps"]["plan"], charts.SLOTS),
         forecasts=FORECAST in "".join(figures["steps"]["plan"] or []),
+        source=sections.SOURCES[recipe.temporal],
         source_key=charts.key_of(figures["steps"]["selection"], charts.SOURCES),
         audit=None if audit is None else sections.audited(audit),
         audit_note=audit_note,

@@ -21,6 +21,13 @@ PICTURE_BYTES = 2_000_000  # before base64; with plotly.js the page stays below 
 STRIP_WIDTH = 200  # CSS pixels, about
 REST = "everything else"
 COLUMNS = 2  # of pictures in a strip
+SOURCES = {  # --temporal: where all temporal features come from
+    "fp": "computed in float",
+    "naive": "computed by the quantized modules",
+    "tib": "computed by the quantized modules",
+    "cache": "stored for each step",
+    "select": "stored for each step or computed by the quantized modules",
+}
 
 Values = dict[str, Any]
 
@@ -118,6 +125,7 @@ def facts(bundle: Bundle, figures: Values) -> dict[str, dict[str, str]]:
         "classes": model.num_classes,
         "model fingerprint": model.fingerprint,
         "graphs made from": bundle.graphs_made_from(),
+        "graphs and calibration, by which figures go stale": described["content"],
         # The page is part of the bundle, so it cannot hold the digest that vouches for itself.
         "bundle digest, before this report": described["digest"],
     }
@@ -127,6 +135,7 @@ def facts(bundle: Bundle, figures: Values) -> dict[str, dict[str, str]]:
         "Distances": figures["distances"] or {},
         "Machine": machine,
         "Versions": figures["machine"]["versions"],
+        "Versions that made the bundle": bundle.manifest.producer,
         "Backend": figures["backend"],
         "Bundle": made,
     }

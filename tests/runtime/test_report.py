@@ -248,6 +248,7 @@ def test_each_gain_alone_and_what_they_do_to_each_other(bundle: Bundle) -> None:
     assert "interaction \u00d7 1.60 \u00d7 1.44 \u2013 \u00d7 1.76 -0.4" in page.text
     assert "Both together are 1.60 times as fast as the product" in page.text
     assert "their errors add up as independent ones do (-0.4 dB)" in page.text
+    assert "All spreads are over images, each with noise of its own" in page.text
     report["interaction"] |= {"psnr_db": spread(-3.0), "speedup": spread(1.05)}
     assert "as fast as the product of the two speed-ups, within" in render(bundle, report).text
     assert "at 3.0 dB worse than two independent errors" in render(bundle, report).text
@@ -260,6 +261,7 @@ def test_step_by_step(bundle: Bundle) -> None:
     assert "one scale for all steps" not in page.text
     for name in ("closeness", "cosine", "plan", "forecast", "ranges", "speed"):
         assert f'id="plot-{name}"' in page.source
+    assert "All of them are computed in float ( --temporal fp ); --temporal select" in page.text
     assert "(--temporal fp), so it is about 1 throughout" in page.text
     report = make_report(bundle, *NAMES[:2])
     report["steps"]["selection"] = ["mmmccc", "mccccc"]
@@ -271,6 +273,7 @@ def test_step_by_step(bundle: Bundle) -> None:
     assert 'id="plot-selection"' in page.source
     assert "one scale for all steps; --fsc all makes them one per step." in page.text
     assert 'id="plot-plan"' not in page.source
+    assert "--temporal select" not in page.text
 
 
 def test_page_says_how_errors_of_forecasts_are_measured(bundle: Bundle) -> None:
@@ -303,6 +306,15 @@ def test_page_says_why_features_do_not_compare(
     assert 'id="plot-cosine"' not in page.source
     del report["steps"]["feature_cosine"]  # as earlier versions wrote it
     assert render(bundle, report).source == page.source
+
+
+def test_provenance(bundle: Bundle) -> None:
+    """Versions of what made the bundle, and the hash by which figures are found to be stale."""
+    page = render(bundle, make_report(bundle, *NAMES))
+    for name in ("torch", "diffusers", "onnx", "ditcast"):
+        assert f" {name} {bundle.manifest.producer[name]} " in page.text
+    content = bundle.content(["reference", "onnxruntime"])
+    assert f"graphs and calibration, by which figures go stale {content}" in page.text
 
 
 def missing(bundle: Bundle) -> None:
