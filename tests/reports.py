@@ -236,7 +236,10 @@ class Page(HTMLParser):
         self.source = text
         self.tags: list[str] = []
         self.loads: list[str] = []
+        self.plots: dict[str, Any] = {}  # id -> what plotly.js is given
+        self.tables: list[list[list[str]]] = []  # rows of cells
         self._shown: list[str] = []
+        self._cell = False
         self.feed(text)
         self.text = " ".join(" ".join(self._shown).split())
 
@@ -244,8 +247,25 @@ class Page(HTMLParser):
         """Keep the tag and the addresses in it."""
         self.tags.append(tag)
         self.loads += [value or "" for key, value in attrs if key in ("src", "href", "srcset")]
+        found = dict(attrs)
+        if "data-figure" in found:
+            self.plots[found["id"] or ""] = json.loads(found["data-figure"] or "")
+        if tag == "table":
+            self.tables.append([])
+        elif tag == "tr":
+            self.tables[-1].append([])
+        elif tag in ("th", "td"):
+            self.tables[-1][-1].append("")
+        self._cell = tag in ("th", "td") or (self._cell and tag not in ("tr", "table"))
+
+    def handle_endtag(self, tag: str) -> None:
+        """Close a cell."""
+        self._cell = self._cell and tag not in ("th", "td")
 
     def handle_data(self, data: str) -> None:
         """Keep text that is shown."""
         if self.tags and self.cdata_elem is None:
             self._shown.append(data)
+        if self._cell:
+            cells = self.tables[-1][-1]
+            cells[-1] = " ".join([*cells[-1].split(), *data.split()])
