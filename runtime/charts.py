@@ -27,15 +27,20 @@ HEIGHT = 420  # CSS pixels
 Chart = dict[str, Any]
 
 
-def html(figure: Chart, name: str) -> str:
+def html(figure: Chart, name: str, title: str) -> str:
     """A figure as an element that the page's script draws once the page is open.
+
+    `title` is what it shows, for those who do not see it.
 
     Raises:
         MissingDependencyError: the `report` extra is not installed.
     """
     text = optional("plotly.io", "report").to_json(figure, validate=False)
     height = figure["layout"].get("height", HEIGHT)
-    return f'<div id="{name}" style="height: {height}px" data-figure="{escape(text)}"></div>'
+    return (
+        f'<div id="{name}" style="height: {height}px" data-figure="{escape(text)}" '
+        f'tabindex="0" role="group" aria-label="{escape(title)}"></div>'
+    )
 
 
 def library(charts: Iterable[str]) -> str:

@@ -18,7 +18,15 @@ from ditcast.runtime.steps import FORECAST
 from ditcast.runtime.verdict import Row, compared, gains, interaction, notes, verdict
 
 TEMPLATES = Path(__file__).parent / "templates"
-PLOTS = ("speed", "closeness", "cosine", "plan", "forecast", "ranges", "selection")
+PLOTS = {  # what each shows
+    "speed": "Plot of speed-up against fidelity",
+    "closeness": "Plot of the closeness to full precision after each step",
+    "cosine": "Plot of the cosine of temporal features at each step",
+    "plan": "Map of what every slot does at every step",
+    "forecast": "Map of errors of forecasts over those of plain reuse",
+    "ranges": "Plot of input scales at each step",
+    "selection": "Map of where temporal features come from",
+}
 MAPPED_LAYERS = 8  # lines in the plot of input scales: more cannot be told apart
 
 Values = dict[str, Any]
@@ -66,6 +74,7 @@ def render(
         audit_note=audit_note,
         facts=sections.facts(bundle, figures),
         command=sections.command(bundle, figures),
+        recompile=sections.recompile(bundle, recipe, figures["backend"]["backend"]),
     )
     return str(text)
 
@@ -90,7 +99,7 @@ def render_comparison(
     groups = [(entry.title, entry.figures["variants"]) for entry in entries]
     own = [colours[entry.title] for entry in entries]
     found = charts.speed_fidelity(groups, own)
-    chart = charts.html(found, "plot-speed") if found["data"] else ""
+    chart = charts.html(found, "plot-speed", PLOTS["speed"]) if found["data"] else ""
     shown = {"variants": [row for row, _ in pictured]}
     text = _template(jinja2, "compare.html.j2").render(
         entries=[
@@ -155,7 +164,7 @@ def _plots(figures: Values, colours: dict[str, str]) -> dict[str, str]:
     html = dict.fromkeys(PLOTS, "")
     for name, figure in found.items():
         if figure["data"]:
-            html[name] = charts.html(figure, f"plot-{name}")
+            html[name] = charts.html(figure, f"plot-{name}", PLOTS[name])
     return html
 
 

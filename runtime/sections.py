@@ -9,11 +9,14 @@ import shlex
 from collections import defaultdict
 from typing import Any
 
+import yaml
 from PIL import Image
 
 from ditcast.bundle import Bundle
-from ditcast.recipe import TEMPORAL
+from ditcast.manifest import REFERENCE
+from ditcast.recipe import TEMPORAL, Recipe
 from ditcast.runtime import images
+from ditcast.runtime.backends import ENGINES
 from ditcast.runtime.images import Pixels
 from ditcast.runtime.verdict import gains
 
@@ -168,4 +171,31 @@ def command(bundle: Bundle, figures: Values) -> str:
         parts += ["--backend", backend["backend"]]
     if backend.get("threads", figures["machine"]["cores"]) != figures["machine"]["cores"]:
         parts += ["--threads", str(backend["threads"])]
+    if not backend.get("spin", True):
+        parts += ["--no-spin"]
     return shlex.join(parts)
+
+
+def recompile(bundle: Bundle, recipe: Recipe, backend: str) -> str:
+    """The command that makes the bundle again: every recipe key that is not the default.
+
+    Rules have no flag: a file of them is written before.
+    """
+    name = bundle.path.resolve().name
+    parts = ["ditcast", "compile", bundle.manifest.model.source, "-o", name]
+    for key, field in Recipe.model_fields.items():
+        value = getattr(recipe, key)
+        if value != field.default and key != "rules":
+            parts += [f"--{key.replace('_', '-')}"]
+            parts += map(str, value if isinstance(value, tuple) else [value])
+    targets = {graph.target for graph in bundle.manifest.graphs} - {REFERENCE}
+    if targets != {"onnxruntime"}:
+        parts += [part for target in sorted(targets) for part in ("--target", target)]
+    if backend not in ("onnxruntime", *ENGINES):  # engines are built of the finished bundle
+        parts += ["--backend", backend]
+    if not recipe.rules:
+        return shlex.join(parts)
+    file = f"{name}.yaml"
+    rules = yaml.safe_dump({"rules": [rule.model_dump() for rule in recipe.rules]})
+    made = shlex.join([*parts, "--recipe", file])
+    return f"cat > {shlex.quote(file)} <<'END'\n{rules}END\n{made}"
