@@ -22,7 +22,7 @@ from ditcast.runtime import fidelity, images, machine
 from ditcast.runtime.choice import open_backend
 from ditcast.runtime.fidelity import DISTANCES, Distances, spread
 from ditcast.runtime.pipeline import Pipeline, Step
-from ditcast.runtime.steps import describe
+from ditcast.runtime.steps import describe, feature_cosine
 from ditcast.schedule import SPACINGS
 from ditcast.settings import Settings
 
@@ -152,7 +152,7 @@ def bench(
         "variants": rows,
         "distances": None if distances is None else distances.describe(),
         "interaction": _interaction(variants),
-        "steps": _steps(variants, steps),
+        "steps": _steps(variants, steps, batches[-1][:FOLLOWED]),
         "pictures": _pictures(variants),
         "cost": {},
         "unpaired_psnr_db": fidelity.unpaired(sets[0]),
@@ -252,14 +252,19 @@ def _row(
     }
 
 
-def _steps(variants: list[Variant], steps: int) -> dict[str, Any]:
-    """What happens at each timestep of the last batch, in what the bundle runs."""
+def _steps(variants: list[Variant], steps: int, labels: list[int]) -> dict[str, Any]:
+    """What happens at each timestep of the last batch, in what the bundle runs.
+
+    `labels` are those of the samples that are followed.
+    """
     exact = (variants[0].pipeline.target, variants[0].cache)
     same = [v for v in variants if v.steps == steps and v.spacing is None]
     paths = {v.name: np.stack([sample for _, sample in v.path]) for v in same}
     made = [v for v in same if (v.pipeline.target, v.cache) != exact] or variants[:1]
     full = np.array([full for full, _ in made[-1].path])
-    return describe(made[-1].pipeline, made[-1].cache, full, paths)
+    found = describe(made[-1].pipeline, made[-1].cache, full, paths)
+    cosine = feature_cosine(made[-1].pipeline, variants[0].pipeline, labels, steps)
+    return found | {"feature_cosine": cosine}
 
 
 def _pictures(variants: list[Variant]) -> dict[str, int] | None:

@@ -27,15 +27,20 @@ HEIGHT = 420  # CSS pixels
 Chart = dict[str, Any]
 
 
-def html(figure: Chart, name: str) -> str:
+def html(figure: Chart, name: str, title: str) -> str:
     """A figure as an element that the page's script draws once the page is open.
+
+    `title` is what it shows, for those who do not see it.
 
     Raises:
         MissingDependencyError: the `report` extra is not installed.
     """
     text = optional("plotly.io", "report").to_json(figure, validate=False)
     height = figure["layout"].get("height", HEIGHT)
-    return f'<div id="{name}" style="height: {height}px" data-figure="{escape(text)}"></div>'
+    return (
+        f'<div id="{name}" style="height: {height}px" data-figure="{escape(text)}" '
+        f'tabindex="0" role="group" aria-label="{escape(title)}"></div>'
+    )
 
 
 def library(charts: Iterable[str]) -> str:
@@ -185,18 +190,26 @@ def lines(values: dict[str, list[float]], colours: dict[str, str], *, title: str
     return {"data": data, "layout": layout}
 
 
-def table_map(table: list[list[float]], slots: list[str], title: str) -> Chart:
-    """A value of each slot at each step, as a heat map with its scale."""
+def ratio_map(found: list[list[float]], reference: list[list[float]], names: list[str]) -> Chart:
+    """An error over another one, of each name at each step, as a heat map around 1.
+
+    Where the other one is 0 there is nothing to draw, as at full steps.
+    """
+    pairs = [list(zip(*both, strict=True)) for both in zip(found, reference, strict=True)]
     data = {
         "type": "heatmap",
-        "z": table,
-        "x": list(range(len(table[0]))),
-        "y": list(map(_text, slots)),
-        "colorscale": "Viridis",
-        "hovertemplate": f"%{{y}}<br>step %{{x}}: %{{z:.4g}} ({_text(title)})<extra></extra>",
+        "z": [[error / other if other else None for error, other in row] for row in pairs],
+        "x": list(range(len(found[0]))),
+        "y": list(map(_text, names)),
+        "zmin": 0,
+        "zmax": 2,
+        "colorscale": [[0, SLOTS[FORECAST][1]], [0.5, SLOTS[REUSED][1]], [1, SLOTS[HELD][1]]],
+        "customdata": pairs,
+        "hovertemplate": "%{y}<br>step %{x}: %{customdata[0]:.4g} of %{customdata[1]:.4g}, "
+        "%{z:.3g} times<extra></extra>",
         "colorbar": {"thickness": 12, "outlinewidth": 0},
     }
-    layout = _layout("step", "") | {"height": max(220, min(900, 90 + 18 * len(slots)))}
+    layout = _layout("step", "") | {"height": max(220, min(900, 90 + 18 * len(names)))}
     layout["yaxis"] |= {"autorange": "reversed", "type": "category"}
     return {"data": [data], "layout": layout}
 

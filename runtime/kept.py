@@ -102,6 +102,7 @@ class _Steps(_Part):
     slots: list[str]
     plan: list[Annotated[str, Field(pattern="^[frph]+$")]] | None
     closeness_db: dict[str, list[float]]
+    feature_cosine: list[float] | None = None
     forecast_error: list[list[float]] | None
     reuse_error: list[list[float]] | None
     ranges: dict[str, list[float]]

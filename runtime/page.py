@@ -8,15 +8,25 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from ditcast import recipe as recipes
 from ditcast.bundle import Bundle
 from ditcast.errors import optional
 from ditcast.runtime import charts, sections
 from ditcast.runtime.charts import COLOURS
 from ditcast.runtime.images import Pixels
+from ditcast.runtime.steps import FORECAST
 from ditcast.runtime.verdict import Row, compared, gains, interaction, notes, verdict
 
 TEMPLATES = Path(__file__).parent / "templates"
-PLOTS = ("speed", "closeness", "plan", "forecast", "ranges", "selection")
+PLOTS = {  # what each shows
+    "speed": "Plot of speed-up against fidelity",
+    "closeness": "Plot of the closeness to full precision after each step",
+    "cosine": "Plot of the cosine of temporal features at each step",
+    "plan": "Map of what every slot does at every step",
+    "forecast": "Map of errors of forecasts over those of plain reuse",
+    "ranges": "Plot of input scales at each step",
+    "selection": "Map of where temporal features come from",
+}
 MAPPED_LAYERS = 8  # lines in the plot of input scales: more cannot be told apart
 
 Values = dict[str, Any]
@@ -39,10 +49,11 @@ def render(
     jinja2 = optional("jinja2", "report")
     rows = figures["variants"]
     colours = {row["name"]: COLOURS[i % len(COLOURS)] for i, row in enumerate(rows)}
-    made = gains(rows)
+    made, recipe = gains(rows), recipes.make(figures["bundle"]["recipe"])
     plots = _plots(figures, colours)
     text = _template(jinja2, "report.html.j2").render(
         report=figures,
+        recipe=recipe,
         rows=rows,
         headline=made[-1] if made else None,
         verdict=verdict(figures),
@@ -56,11 +67,14 @@ def render(
         plots=plots,
         plotly=charts.library(plots.values()),
         slot_key=charts.key_of(figures["steps"]["plan"], charts.SLOTS),
+        forecasts=FORECAST in "".join(figures["steps"]["plan"] or []),
+        source=sections.SOURCES[recipe.temporal],
         source_key=charts.key_of(figures["steps"]["selection"], charts.SOURCES),
         audit=None if audit is None else sections.audited(audit),
         audit_note=audit_note,
         facts=sections.facts(bundle, figures),
         command=sections.command(bundle, figures),
+        recompile=sections.recompile(bundle, recipe, figures["backend"]["backend"]),
     )
     return str(text)
 
@@ -85,7 +99,7 @@ def render_comparison(
     groups = [(entry.title, entry.figures["variants"]) for entry in entries]
     own = [colours[entry.title] for entry in entries]
     found = charts.speed_fidelity(groups, own)
-    chart = charts.html(found, "plot-speed") if found["data"] else ""
+    chart = charts.html(found, "plot-speed", PLOTS["speed"]) if found["data"] else ""
     shown = {"variants": [row for row, _ in pictured]}
     text = _template(jinja2, "compare.html.j2").render(
         entries=[
@@ -128,13 +142,16 @@ def _plots(figures: Values, colours: dict[str, str]) -> dict[str, str]:
     close = {name: row for name, row in steps["closeness_db"].items() if name in colours}
     if not figures["bundle"]["random_weights"]:
         found["closeness"] = charts.lines(close, colours, title="dB")
+    if cosine := steps.get("feature_cosine"):  # earlier versions have measured none
+        found["cosine"] = charts.lines({"cosine": cosine}, {"cosine": COLOURS[1]}, title="cosine")
     if steps["plan"]:
         found["plan"] = charts.kind_map(
             steps["plan"], steps["slots"], charts.SLOTS, steps["timesteps"]
         )
-    if steps["forecast_error"]:
-        title = "error of the forecast"
-        found["forecast"] = charts.table_map(steps["forecast_error"], steps["slots"], title)
+    if steps["forecast_error"] and steps["reuse_error"]:
+        found["forecast"] = charts.ratio_map(
+            steps["forecast_error"], steps["reuse_error"], steps["slots"]
+        )
     if steps["ranges"]:
         ranges = _widest(steps["ranges"])
         own = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(ranges)}
@@ -147,7 +164,7 @@ def _plots(figures: Values, colours: dict[str, str]) -> dict[str, str]:
     html = dict.fromkeys(PLOTS, "")
     for name, figure in found.items():
         if figure["data"]:
-            html[name] = charts.html(figure, f"plot-{name}")
+            html[name] = charts.html(figure, f"plot-{name}", PLOTS[name])
     return html
 
 

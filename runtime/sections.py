@@ -9,11 +9,14 @@ import shlex
 from collections import defaultdict
 from typing import Any
 
+import yaml
 from PIL import Image
 
 from ditcast.bundle import Bundle
-from ditcast.recipe import TEMPORAL
+from ditcast.manifest import REFERENCE
+from ditcast.recipe import TEMPORAL, Recipe
 from ditcast.runtime import images
+from ditcast.runtime.backends import ENGINES
 from ditcast.runtime.images import Pixels
 from ditcast.runtime.verdict import gains
 
@@ -21,6 +24,13 @@ PICTURE_BYTES = 2_000_000  # before base64; with plotly.js the page stays below 
 STRIP_WIDTH = 200  # CSS pixels, about
 REST = "everything else"
 COLUMNS = 2  # of pictures in a strip
+SOURCES = {  # --temporal: where all temporal features come from
+    "fp": "computed in float",
+    "naive": "computed by the quantized modules",
+    "tib": "computed by the quantized modules",
+    "cache": "stored for each step",
+    "select": "stored for each step or computed by the quantized modules",
+}
 
 Values = dict[str, Any]
 
@@ -118,6 +128,7 @@ def facts(bundle: Bundle, figures: Values) -> dict[str, dict[str, str]]:
         "classes": model.num_classes,
         "model fingerprint": model.fingerprint,
         "graphs made from": bundle.graphs_made_from(),
+        "graphs and calibration, by which figures go stale": described["content"],
         # The page is part of the bundle, so it cannot hold the digest that vouches for itself.
         "bundle digest, before this report": described["digest"],
     }
@@ -127,6 +138,7 @@ def facts(bundle: Bundle, figures: Values) -> dict[str, dict[str, str]]:
         "Distances": figures["distances"] or {},
         "Machine": machine,
         "Versions": figures["machine"]["versions"],
+        "Versions that made the bundle": bundle.manifest.producer,
         "Backend": figures["backend"],
         "Bundle": made,
     }
@@ -159,4 +171,31 @@ def command(bundle: Bundle, figures: Values) -> str:
         parts += ["--backend", backend["backend"]]
     if backend.get("threads", figures["machine"]["cores"]) != figures["machine"]["cores"]:
         parts += ["--threads", str(backend["threads"])]
+    if not backend.get("spin", True):
+        parts += ["--no-spin"]
     return shlex.join(parts)
+
+
+def recompile(bundle: Bundle, recipe: Recipe, backend: str) -> str:
+    """The command that makes the bundle again: every recipe key that is not the default.
+
+    Rules have no flag: a file of them is written before.
+    """
+    name = bundle.path.resolve().name
+    parts = ["ditcast", "compile", bundle.manifest.model.source, "-o", name]
+    for key, field in Recipe.model_fields.items():
+        value = getattr(recipe, key)
+        if value != field.default and key != "rules":
+            parts += [f"--{key.replace('_', '-')}"]
+            parts += map(str, value if isinstance(value, tuple) else [value])
+    targets = {graph.target for graph in bundle.manifest.graphs} - {REFERENCE}
+    if targets != {"onnxruntime"}:
+        parts += [part for target in sorted(targets) for part in ("--target", target)]
+    if backend not in ("onnxruntime", *ENGINES):  # engines are built of the finished bundle
+        parts += ["--backend", backend]
+    if not recipe.rules:
+        return shlex.join(parts)
+    file = f"{name}.yaml"
+    rules = yaml.safe_dump({"rules": [rule.model_dump() for rule in recipe.rules]})
+    made = shlex.join([*parts, "--recipe", file])
+    return f"cat > {shlex.quote(file)} <<'END'\n{rules}END\n{made}"

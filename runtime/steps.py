@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -76,6 +77,40 @@ def closeness_db(path: Samples, wanted: Samples) -> NDArray[np.float64]:
     spans = np.maximum(spans, np.finfo(np.float32).tiny)  # of a sample that is the same all over
     found: NDArray[np.float64] = -10 * np.log10(np.maximum(error / spans, 10 ** (-PSNR_CAP / 10)))
     return found
+
+
+def feature_cosine(
+    pipeline: Pipeline, exact: Pipeline, labels: Sequence[int], steps: int
+) -> list[float] | None:
+    """Cosine of the temporal features of a target with those of another one at each step, (T,).
+
+    It is the mean over these labels and null. None where both are of one target, or where factors
+    of balancing or scales per step are folded into the features, which then do not compare.
+    """
+    if pipeline.target == exact.target or _balanced(pipeline.bundle):
+        return None
+    timesteps = pipeline.schedule.timesteps(steps)
+    guided = pipeline.recipe.guidance > 1
+    made, wanted = (p.features(labels, timesteps, guided)[0] for p in (pipeline, exact))
+    if made.shape != wanted.shape:  # (T, U, F), and behind them a scale per layer
+        return None
+
+    def products(a: Samples, b: Samples) -> NDArray[np.float64]:
+        found: NDArray[np.float64] = np.einsum("tuf,tuf->tu", a, b, dtype=np.float64)
+        return found
+
+    norms = np.sqrt(products(made, made) * products(wanted, wanted))
+    cosines = products(made, wanted) / np.maximum(norms, np.finfo(np.float64).tiny)
+    return [float(f"{cosine:.6g}") for cosine in cosines.mean(axis=1)]
+
+
+def _balanced(bundle: Bundle) -> bool:
+    """Whether channel balancing has changed the features."""
+    section = bundle.manifest.quantization
+    if section is None:
+        return False
+    found, _ = tensors.load(bundle.file(section.file), lambda name: name.startswith("balance|"))
+    return bool(found)
 
 
 def _table(values: NDArray[np.float32] | None) -> list[list[float]] | None:

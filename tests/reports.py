@@ -60,16 +60,18 @@ def row(name: str) -> dict[str, Any]:
 
 def steps(names: tuple[str, ...]) -> dict[str, Any]:
     """What happens in six steps of four slots; the noise guard has held one forecast back."""
-    cached = "cache" in " ".join(names)
+    cached, quantized = "cache" in " ".join(names), "w8a8" in names
     slots = [f"blocks.{i}.{part}" for i in range(2) for part in ("attn", "mlp")]
-    errors = [[0.1 * step for step in range(6)]] * 4
+    errors = [[0, 0.1, 0, 0.3, 0, 0.5]] * 4
+    reused = [[0, 0.2, 0, 0.25 if slot == 2 else 0.4, 0, 0.6] for slot in range(4)]
     return {
         "timesteps": [999, 832, 666, 500, 333, 166],
         "slots": slots,
         "plan": ["frfpfp", "frfpfp", "frfhfp", "frfpfp"] if cached else None,
         "closeness_db": {name: [60.0, 50, 40, 38, 35, 30] for name in names[1:4]},
+        "feature_cosine": [0.9991, 0.9994, 0.9996, 0.9997, 0.9998, 1.0] if quantized else None,
         "forecast_error": errors if cached else None,
-        "reuse_error": errors if cached else None,
+        "reuse_error": reused if cached else None,
         "ranges": {"blocks.0.attn.qkv": [0.1, 0.2, 0.2, 0.3, 0.4, 0.5]} if cached else {},
         "selection": None,
     }
@@ -235,7 +237,10 @@ class Page(HTMLParser):
         self.source = text
         self.tags: list[str] = []
         self.loads: list[str] = []
+        self.plots: dict[str, Any] = {}  # id -> what plotly.js is given
+        self.tables: list[list[list[str]]] = []  # rows of cells
         self._shown: list[str] = []
+        self._cell = False
         self.feed(text)
         self.text = " ".join(" ".join(self._shown).split())
 
@@ -243,8 +248,25 @@ class Page(HTMLParser):
         """Keep the tag and the addresses in it."""
         self.tags.append(tag)
         self.loads += [value or "" for key, value in attrs if key in ("src", "href", "srcset")]
+        found = dict(attrs)
+        if "data-figure" in found:
+            self.plots[found["id"] or ""] = json.loads(found["data-figure"] or "")
+        if tag == "table":
+            self.tables.append([])
+        elif tag == "tr":
+            self.tables[-1].append([])
+        elif tag in ("th", "td"):
+            self.tables[-1][-1].append("")
+        self._cell = tag in ("th", "td") or (self._cell and tag not in ("tr", "table"))
+
+    def handle_endtag(self, tag: str) -> None:
+        """Close a cell."""
+        self._cell = self._cell and tag not in ("th", "td")
 
     def handle_data(self, data: str) -> None:
         """Keep text that is shown."""
         if self.tags and self.cdata_elem is None:
             self._shown.append(data)
+        if self._cell:
+            cells = self.tables[-1][-1]
+            cells[-1] = " ".join([*cells[-1].split(), *data.split()])

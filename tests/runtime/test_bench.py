@@ -183,6 +183,7 @@ def test_what_happens_at_each_step(report: dict[str, Any], shared_bundle: Bundle
     cache = found["closeness_db"]["cache"]
     assert cache[:2] == [100, 100]  # full steps in full precision
     assert cache[2] < 100
+    assert found["feature_cosine"] == pytest.approx([1] * 6, abs=1e-5)  # in float
     assert found["ranges"] == {}
     assert (found["forecast_error"], found["selection"]) == (None, None)
 

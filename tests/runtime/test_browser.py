@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 SIZES = [(1400, 900), (400, 800)]
 MAX_BYTES = 8_000_000
-PLOTS = ("speed", "closeness", "plan", "forecast", "ranges")
+PLOTS = ("speed", "closeness", "cosine", "plan", "forecast", "ranges", "selection")
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +42,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A page with everything on it."""
     bundle = reports.exported(bundles.make(tmp_path_factory.mktemp("page") / "a.bundle"))
     report = with_distances(make_report(bundle, *NAMES, shape=(16, 3, 32, 32)))
+    report["steps"]["selection"] = ["mmmccc", "mccccc", "cccccc"]
     good = pictures(16)
     report["shown"] = dict.fromkeys(NAMES, good) | {NAMES[3]: blurred(good)}
     kept.keep_audit(bundle, "onnxruntime", audited())
@@ -190,7 +191,7 @@ def test_everything_is_reached_by_keyboard(
     describe = """() => { const e = document.activeElement;
       return e.getAttribute("href") || e.name || e.type || e.getAttribute("aria-label")
         || e.getAttribute("aria-labelledby") || e.tagName; }"""
-    for _ in range(80):
+    for _ in range(100):
         page.keyboard.press("Tab")
         seen.append(evaluate(page, f"({describe})()"))
         if seen[-1] == "BODY":
@@ -198,18 +199,23 @@ def test_everything_is_reached_by_keyboard(
     assert seen[:2] == ["#figures", "#pictures"]
     wanted = {"#provenance", "pictures", "variant", "show", "range", "figures", "factors"}
     assert wanted | {"SUMMARY", "PRE", "button"} <= set(seen)
+    assert {page.locator(f"#plot-{name}").get_attribute("aria-label") for name in PLOTS} <= {*seen}
     page.locator("summary").focus()
     page.keyboard.press("Enter")
     assert page.get_by_text("blocks.0.mlp.fc1").last.is_visible()
     page.close()
 
 
-def test_the_command_can_be_copied(visit: Visit) -> None:
+def test_commands_can_be_copied(visit: Visit) -> None:
     page = visit.page
-    page.locator("[data-copies]").click()
-    page.get_by_role("button", name="Copied").wait_for()
-    selected = evaluate(page, "getSelection().toString()")
-    assert selected == "ditcast bench a.bundle --images 160 --seed 7 --steps 6 --real real.npz"
+    for name, wanted in (
+        ("command", "ditcast bench a.bundle --images 160 --seed 7 --steps 6 --real real.npz"),
+        ("recompile", "ditcast compile somewhere -o a.bundle"),
+    ):
+        button = page.locator(f"[data-copies={name}]")
+        button.click()
+        button.get_by_text("Copied").wait_for()
+        assert evaluate(page, "getSelection().toString()") == wanted
 
 
 def serious(page: Page) -> list[Any]:
@@ -222,10 +228,11 @@ def serious(page: Page) -> list[Any]:
     ]
 
 
+@pytest.mark.parametrize("size", SIZES, ids=["wide", "narrow"])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_accessibility(browser: Browser, written: Path, scheme: str) -> None:
+def test_accessibility(browser: Browser, written: Path, scheme: str, size: tuple[int, int]) -> None:
     """In both colour schemes, with everything folded out."""
-    visit = Visit(browser, written, SIZES[0], color_scheme=scheme)
+    visit = Visit(browser, written, size, color_scheme=scheme)
     visit.page.locator("summary").click()
     assert serious(visit.page) == []
     visit.page.close()

@@ -248,6 +248,7 @@ def test_each_gain_alone_and_what_they_do_to_each_other(bundle: Bundle) -> None:
     assert "interaction \u00d7 1.60 \u00d7 1.44 \u2013 \u00d7 1.76 -0.4" in page.text
     assert "Both together are 1.60 times as fast as the product" in page.text
     assert "their errors add up as independent ones do (-0.4 dB)" in page.text
+    assert "All spreads are over images, each with noise of its own" in page.text
     report["interaction"] |= {"psnr_db": spread(-3.0), "speedup": spread(1.05)}
     assert "as fast as the product of the two speed-ups, within" in render(bundle, report).text
     assert "at 3.0 dB worse than two independent errors" in render(bundle, report).text
@@ -257,15 +258,63 @@ def test_step_by_step(bundle: Bundle) -> None:
     page = render(bundle, make_report(bundle, *NAMES))
     assert "held back by the noise guard: 1 of 24" in page.text
     assert "forecast: 7 of 24" in page.text
-    for name in ("closeness", "plan", "forecast", "ranges", "speed"):
+    assert "one scale for all steps" not in page.text
+    for name in ("closeness", "cosine", "plan", "forecast", "ranges", "speed"):
         assert f'id="plot-{name}"' in page.source
+    assert "All of them are computed in float ( --temporal fp ); --temporal select" in page.text
+    assert "(--temporal fp), so it is about 1 throughout" in page.text
     report = make_report(bundle, *NAMES[:2])
     report["steps"]["selection"] = ["mmmccc", "mccccc"]
     page = render(bundle, report)
+    assert 'id="plot-forecast"' not in page.source
+    assert "noise guard" not in page.text
     assert "Nothing is cached: every slot is computed at every step." in page.text
     assert "computed by the quantized module: 4 of 12 stored: 8 of 12" in page.text
     assert 'id="plot-selection"' in page.source
+    assert "one scale for all steps; --fsc all makes them one per step." in page.text
     assert 'id="plot-plan"' not in page.source
+    assert "--temporal select" not in page.text
+
+
+def test_page_says_how_errors_of_forecasts_are_measured(bundle: Bundle) -> None:
+    """Where there are forecasts, and the guard is off."""
+    report = make_report(bundle, *NAMES)
+    report["steps"] |= {"forecast_error": None, "reuse_error": None}
+    sentence = "It was not measured, as the noise guard is off: --guard on measures it"
+    assert sentence in render(bundle, report).text
+    report["steps"]["plan"] = ["frfrfr"] * 4
+    assert sentence not in render(bundle, report).text
+
+
+@pytest.mark.parametrize(
+    ("keys", "sentence"),
+    [
+        ({"scheme": "none"}, "They are full precision's: nothing is quantized."),
+        ({"balance": "smooth"}, "Factors of balancing or scales per step are folded into them"),
+        ({"fsc": "all"}, "Factors of balancing or scales per step are folded into them"),
+        ({}, "It was not measured here; ditcast bench measures it."),
+    ],
+)
+def test_page_says_why_features_do_not_compare(
+    bundle: Bundle, keys: dict[str, Any], sentence: str
+) -> None:
+    report = make_report(bundle, *NAMES)
+    report["bundle"]["recipe"] |= keys
+    report["steps"]["feature_cosine"] = None
+    page = render(bundle, report)
+    assert sentence in page.text
+    assert 'id="plot-cosine"' not in page.source
+    del report["steps"]["feature_cosine"]  # as earlier versions wrote it
+    assert render(bundle, report).source == page.source
+
+
+def test_provenance(bundle: Bundle) -> None:
+    """Versions of what made the bundle, and the hash by which figures are found to be stale."""
+    page = render(bundle, make_report(bundle, *NAMES))
+    for name in ("torch", "diffusers", "onnx", "ditcast"):
+        assert f" {name} {bundle.manifest.producer[name]} " in page.text
+    content = bundle.content(["reference", "onnxruntime"])
+    assert f"graphs and calibration, by which figures go stale {content}" in page.text
 
 
 def missing(bundle: Bundle) -> None:
@@ -325,20 +374,6 @@ def test_a_page_that_cannot_be_written(cli: Cli, bundle: Bundle, tmp_path: Path)
     done = cli("report", bundle.path, "-o", tmp_path / "no" / "page.html")
     assert done.code == 2
     assert f"output: no folder {tmp_path / 'no'}; create it first" in done.err
-
-
-def test_figures_on_the_page_are_those_in_the_file(bundle: Bundle) -> None:
-    """Every median and every percentile of the table, rounded as it says."""
-    page = render(bundle, make_report(bundle, *NAMES))
-    figures = json.loads(bundle.file("reports/bench.json").read_text())
-    forms = {"image_ms": ",.1f", "full_step_ms": ",.1f", "speedup": ".2f", "psnr_db": ".1f"}
-    table = page.source.partition('<table class="figures">')[2].partition("</table>")[0]
-    for entry in figures["variants"][1:]:
-        cells = table.partition(f"</i>{entry['name']}\n")[2].partition("</tr>")[0]
-        for key, form in (forms | {"ssim": ".3f", "detail": ".2f"}).items():
-            low, middle, high = (format(entry[key][part], form) for part in ("p10", "p50", "p90"))
-            assert f"<b>{middle}</b>\n<small>{low} \u2013 {high}</small>" in cells, (key, cells)
-        assert f"<td>{entry['samples']}</td>" in cells
 
 
 def test_import_brings_no_optional_package() -> None:

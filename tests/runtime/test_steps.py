@@ -19,7 +19,7 @@ from ditcast.calibrate import calibrate, router
 from ditcast.models import LoadedModel
 from ditcast.models.base import describe as make_manifest
 from ditcast.runtime import Pipeline
-from ditcast.runtime.steps import closeness_db, describe, kinds
+from ditcast.runtime.steps import closeness_db, describe, feature_cosine, kinds
 from tests.conftest import RECIPE, make_bundle
 
 
@@ -71,6 +71,34 @@ def test_closeness_by_hand() -> None:
     wanted[:, :, :, 0] = np.array([1, 10, 1], np.float32)[:, None, None, None]
     path = wanted + np.array([0.01, 0.1, 0], np.float32)[:, None, None, None, None]
     assert closeness_db(path, wanted) == pytest.approx([40, 40, 100], abs=0.01)
+
+
+def test_cosine_of_features(tiny: LoadedModel, tmp_path: Path) -> None:
+    """Those of 6 bits that are stored against full precision's, label by label."""
+    bundle = make_bundle(tiny, tmp_path / "b", scheme="w6a6", temporal="cache", cache="none")
+    pipeline, exact = Pipeline(bundle), Pipeline(bundle, target="reference")
+    found = feature_cosine(pipeline, exact, [3, 1, 3], 6)
+    steps = pipeline.schedule.timesteps(6)
+    wanted = []
+    for step in steps[:, None]:
+        pairs = [
+            [p.features([label], step, guided=True)[0][0, i] for p in (pipeline, exact)]
+            for label, i in ((1, 0), (3, 0), (3, 1))  # the last is null
+        ]
+        wanted.append(np.mean([a @ b / np.linalg.norm(a) / np.linalg.norm(b) for a, b in pairs]))
+    assert found == pytest.approx(wanted, abs=1e-5)
+    assert found is not None
+    assert 0.9 < min(found) < 0.9999
+    assert feature_cosine(exact, exact, [3, 1], 6) is None
+
+
+@pytest.mark.parametrize("keys", [{"balance": "smooth"}, {"fsc": "all"}])
+def test_folded_features_do_not_compare(
+    tiny: LoadedModel, tmp_path: Path, keys: dict[str, Any]
+) -> None:
+    bundle = make_bundle(tiny, tmp_path / "b", cache="none", **keys)
+    exact = Pipeline(bundle, target="reference")
+    assert feature_cosine(Pipeline(bundle), exact, [0], 6) is None
 
 
 def test_what_calibration_found_per_step(tiny: LoadedModel, tmp_path: Path) -> None:
