@@ -9,7 +9,7 @@ of its channel is applied, and could overflow in half.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import replace as with_fields
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from torch import nn
 
 from ditcast.calibrate.qparams import QParams
 from ditcast.export.store import PACKED
+from ditcast.export.trace import replace
 from ditcast.models.base import Layer
 from ditcast.recipe import Bits
 
@@ -28,6 +29,7 @@ FLOAT = onnx.TensorProto.FLOAT
 PRODUCTS = ("MatMul", "Gemm", "Conv")
 BLOCKS = (128, 64, 32, 16)  # inputs that may share the scale of a 4-bit weight
 INT4 = 4
+OFFSET = 128  # of a byte that is held as int8
 KEPT = "temporal"  # the graph that runs once per request, and that all steps hang on
 
 
@@ -37,13 +39,13 @@ def weight_only(qparams: QParams, originals: Mapping[str, Layer]) -> QParams:
     `qparams` itself where there are none with others.
     """
     narrow = {
-        name: replace(held, activation=None, zero_point=None)
+        name: with_fields(held, activation=None, zero_point=None)
         for name, held in qparams.layers.items()
         if held.bits.weight <= INT4
         and held.activation is not None
         and isinstance(originals[name], nn.Linear)
     }
-    return replace(qparams, layers=qparams.layers | narrow) if narrow else qparams
+    return with_fields(qparams, layers=qparams.layers | narrow) if narrow else qparams
 
 
 def cannot_hold(layer: Layer, bits: Bits, group: int) -> str:
@@ -86,7 +88,9 @@ def block_scales(scale: NDArray[np.float32], inputs: int) -> tuple[NDArray[np.fl
 def lower(graph: gs.Graph, name: str) -> None:
     """Rewrite a step graph with Q/DQ in place."""
     for node in list(graph.nodes):
-        if node.op == "MatMul" and _producer(node.inputs[1]) == "DequantizeLinear":
+        if node.op == "Cast":
+            _restore(graph, node)
+        elif node.op == "MatMul" and _producer(node.inputs[1]) == "DequantizeLinear":
             _split(graph, node)
     for node in list(graph.nodes):
         if node.op == "Attention":
@@ -97,6 +101,45 @@ def lower(graph: gs.Graph, name: str) -> None:
             if floats or kinds == [False, True]:
                 _halve(graph, node)
     graph.cleanup().toposort()
+
+
+def _restore(graph: gs.Graph, cast: gs.Node) -> None:
+    """Dequantize stored codes before rows of them are gathered, and not where they are cast.
+
+    TensorRT takes a constant of int8 in front of DequantizeLinear only, and holds no int16, whose
+    high and low bytes become constants of their own. Its kernel gathers the codes nevertheless.
+    """
+    tensor, gathers = cast.inputs[0], list[gs.Node]()
+    while _producer(tensor) == "Gather":
+        gathers.append(tensor.inputs[0])
+        tensor = gathers[-1].inputs[0]
+    if not gathers or not isinstance(tensor, gs.Constant) or tensor.values.dtype.kind != "i":
+        return
+    name, codes = tensor.name, tensor.values
+
+    def op(kind: str, part: str, *inputs: gs.Tensor) -> gs.Variable:
+        found = gs.Variable(f"{name}/{part}/y", np.float32)
+        graph.nodes.append(gs.Node(kind, f"{name}/{part}", inputs=list(inputs), outputs=[found]))
+        return found
+
+    def part(values: NDArray[np.int8], kind: str, scale: float) -> gs.Variable:
+        held = gs.Constant(f"{name}/{kind}", values)
+        factor = gs.Constant(f"{name}/{kind}/scale", np.array(scale, np.float32))
+        return op("DequantizeLinear", f"{kind}/DequantizeLinear", held, factor)
+
+    if codes.dtype == np.int8:
+        floats = part(codes, "codes", 1)
+    else:
+        high, low = codes >> 8, (codes & 255) - OFFSET
+        pair = (part(high.astype(np.int8), "high", 256), part(low.astype(np.int8), "low", 1))
+        offset = gs.Constant(f"{name}/offset", np.array(OFFSET, np.float32))
+        floats = op("Add", "codes/Add", op("Add", "bytes/Add", *pair), offset)
+    gathers[-1].inputs[0] = floats
+    for node in gathers:
+        node.outputs[0].dtype = np.dtype(np.float32)
+    (output,) = cast.outputs
+    cast.outputs.clear()
+    replace(output, gathers[0].outputs[0])
 
 
 def _is_stem(product: gs.Node) -> bool:

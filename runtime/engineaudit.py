@@ -12,7 +12,7 @@ from ditcast.manifest import Engine, Layer
 from ditcast.recipe import PRECISIONS
 from ditcast.runtime.backends import layers_of as quantized_in
 from ditcast.runtime.backends.enginelog import EngineLayer
-from ditcast.runtime.engines import TARGET, find_engine, layers_of
+from ditcast.runtime.engines import TARGET, find_engine, graphs_in, layers_of
 
 MISSING = "missing"
 KERNELS = ("gemm", "correlation")  # whole products; a fusion may hold one too
@@ -20,8 +20,10 @@ PRODUCTS = (*KERNELS, "runtime_fusion")
 ATTENTION = "_gemm_mha"
 # In the graph loop names of bodies and step graphs stand before a layer's.
 NODE = re.compile(r"^(?:.+/)?(?P<layer>[^/]+)/(?P<kind>MatMul|Conv)(?:/\d+)?$")
+BRANCH = " | "  # behind it stand the branch and the `If` that a node is in
 OPERATORS = {"gemm": "gemm", "correlation": "convolution"}
 INT4_BITS = 4
+FP4 = "FP4E2M1"
 
 
 class LayerKernel(NamedTuple):
@@ -101,9 +103,11 @@ def audit_engines(bundle: Bundle, backend: str, loop: str) -> list[EngineAudit]:
         BundleError: one is missing, stale or damaged.
     """
     found = []
-    for graph in ("temporal", "full") if loop == "host" else ("sampler",):
+    for graph in graphs_in(bundle):
+        if (graph == "sampler") == (loop == "host"):
+            continue
         inside = quantized_in(bundle, TARGET, graph)
-        if graph == "temporal" and not inside:
+        if graph in ("temporal", "reuse") and not inside:
             continue
         engine = find_engine(bundle, backend, graph)
         found.append(audit_layers(graph, engine, inside, layers_of(bundle, engine)))
@@ -123,7 +127,7 @@ def audit_layers(
         elif layer.kind in PRODUCTS and (kind := _kind(layer)):
             products[f"{_type(layer)} {kind}"] += 1
             for node in layer.nodes:
-                if match := NODE.match(node):
+                if match := NODE.match(node.partition(BRANCH)[0]):
                     became.setdefault(match["layer"], []).append((match["kind"], layer))
     kernels = tuple(_verdict(layer, became.get(layer.name, [])) for layer in expected)
     return EngineAudit(graph, engine, kernels, dict(products), dict(attention))
@@ -146,6 +150,8 @@ def _type(layer: EngineLayer) -> str:
     kinds = (*layer.inputs, *layer.constants)
     if layer.kind in KERNELS and len(set(kinds[:2])) == 1:
         return _shown(kinds[0])
+    if kinds[0] == FP4 and FP4 in layer.constants:  # beside each are the scales of its blocks
+        return "FP4"
     if "Int4" in kinds:
         return "INT4-weight"
     return "half" if kinds[0] == "Half" and "Half" in kinds[1:] else "float"

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from ditcast.bundle import Bundle
 from ditcast.cache.fitted import recipe_plan
+from ditcast.cache.stepping import GRAPHS as STEPS
 from ditcast.cache.stepping import graphs as graphs_of
 from ditcast.errors import BundleError, ConfigError, UnsupportedError
 from ditcast.manifest import Engine, Manifest, hash_file
@@ -19,7 +20,7 @@ from ditcast.runtime.trust import check_signature, sign
 from ditcast.sampling import needs_noise
 
 TARGET = "tensorrt"
-GRAPHS = ("temporal", "full", "reuse", "sampler")
+GRAPHS = ("temporal", "full", "reuse", "partial", "sampler")
 E4M3_SINCE = "8.9"  # the first compute capability that multiplies 8-bit floats
 FOLDER = "engines"
 SHOWN = 16  # digits of a key in the name of its plan
@@ -46,15 +47,24 @@ def profile_of(manifest: Manifest, graph: str) -> Profile:
     step = {"sample": {0: rows}, "features": {0: rows}}
     if graph == "reuse":
         return {**step, "forecast": {0: rows}}
+    if graph == "partial":
+        inputs, _ = STEPS[graph].names(len(manifest.model.slots))
+        return {**step, **{name: {0: rows} for name in inputs if name.startswith("cache.")}}
     longest = recipe_plan(manifest).ahead()[0].shape[1]
     later: Range = (0, longest, longest)
     return {**step, "ahead": {0: later, 1: rows}, "weights": {0: later}}
 
 
+def graphs_in(bundle: Bundle) -> list[str]:
+    """Those of `GRAPHS` that a bundle has: `partial` only where its cache runs it."""
+    step = graphs_of(recipe_plan(bundle.manifest))
+    return [name for name in GRAPHS if name != "partial" or name in step]
+
+
 def build_engines(
-    bundle: Bundle, builder: EngineBuilder, graphs: Sequence[str] = GRAPHS
+    bundle: Bundle, builder: EngineBuilder, graphs: Sequence[str] = ()
 ) -> list[Engine]:
-    """Build what is missing or stale, and put it into the bundle, one engine after the other.
+    """Build what is missing or stale of some graphs, or all, one engine after the other.
 
     Raises:
         BundleError: the bundle has no graphs for TensorRT, or stale ones.
@@ -67,11 +77,13 @@ def build_engines(
         raise UnsupportedError(
             f"backend {builder.name}: cache {bundle.manifest.recipe.cache} runs "
             f"{', '.join(sorted(lacking))}, for which no engines are built; compile a bundle with "
-            "--cache taylor or fora, or run this one with --backend onnxruntime"
+            "--cache taylor, fora or learned, or run this one with --backend onnxruntime"
         )
+    known = graphs_in(bundle)
+    graphs = graphs or known
     for name in graphs:
-        if name not in GRAPHS:
-            raise ConfigError(f"graph: unknown {name!r}; expected one of {', '.join(GRAPHS)}")
+        if name not in known:
+            raise ConfigError(f"graph: unknown {name!r}; expected one of {', '.join(known)}")
     _check_devices(bundle, builder, graphs)
     found = []
     for name in graphs:

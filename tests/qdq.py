@@ -139,6 +139,26 @@ def fp4() -> onnx.ModelProto:
     return weight_only(weight, rng.uniform(0.005, 0.02, (K // 16, N)), 0, 16)
 
 
+def nvfp4() -> onnx.ModelProto:
+    """A MatMul in e2m1, of which 16 inputs share a scale in e4m3, and all of these one in float."""
+    scales = helper.make_tensor("ws", TensorProto.FLOAT8E4M3FN, (K // 16, N), [1.0] * (K // 16 * N))
+    weight = packed(TensorProto.FLOAT4E2M1, NARROW % 4)
+    rows: dict[str, Any] = {"axis": -1, "block_size": 16}
+    kind = "TRT_FP4DynamicQuantize"
+    codes = node(kind, ["x", "s"], ["q", "qs"], domain="trt", scale_type=17, **rows)
+    nodes = [
+        codes,
+        helper.make_node("DequantizeLinear", ["qs", "s"], ["xs"], name="layer/scale/Dequantize"),
+        node("DequantizeLinear", ["q", "xs"], ["xd"], **rows),
+        helper.make_node("DequantizeLinear", ["ws", "s"], ["wsd"], name="layer/weight/scale"),
+        node("DequantizeLinear", ["w", "wsd"], ["wd"], axis=0, block_size=16),
+        node("MatMul", ["xd", "wd"], ["y"]),
+    ]
+    found = model(nodes, [weight, scales, tensor("s", ONE)])
+    found.opset_import.append(helper.make_opsetid("trt", 1))
+    return found
+
+
 def fp8(found: onnx.ModelProto | None = None) -> onnx.ModelProto:
     """A MatMul, or all of a model, with e4m3 where int8 was."""
     found = found or linear()

@@ -35,6 +35,10 @@ class Device(Protocol):
         """Until all of it is done."""
         ...
 
+    def used(self) -> int:
+        """Bytes of its memory that are in use, by this process and others."""
+        ...
+
 
 class CudaDevice:
     """`Device` over the first GPU, in the context that TensorRT uses as well."""
@@ -87,3 +91,9 @@ class CudaDevice:
     def wait(self) -> None:
         """Until all of it is done."""
         self._call("cuStreamSynchronize", ctypes.c_void_p(self.stream))
+
+    def used(self) -> int:
+        """Bytes of its memory that are in use, by this process and others."""
+        free, total = ctypes.c_size_t(), ctypes.c_size_t()
+        self._call("cuMemGetInfo_v2", ctypes.byref(free), ctypes.byref(total))
+        return total.value - free.value

@@ -58,15 +58,21 @@ REASONS = (
     ),
 )
 _SHOWN = 300
+_LISTED = 5
 
 
 def refused(errors: Sequence[Any]) -> str:
-    """What the parser's errors say; each has `node_name`, `node_operator` and `desc`."""
+    """What the parser's errors say; each has `node_name`, `node_operator` and `desc`.
+
+    The first one's reason, and the nodes of others, of which five are named at most.
+    """
     if not errors:
         return f"the parser gave no reason; {AGAIN}"
-    error = errors[0]
-    name, operator, text = error.node_name(), error.node_operator(), error.desc()
-    more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
+    name, operator, text = errors[0].node_name(), errors[0].node_operator(), errors[0].desc()
+    nodes = [*dict.fromkeys(f"{e.node_name()} ({e.node_operator()})" for e in errors)]
+    others, beyond = nodes[1:_LISTED], len(nodes) - _LISTED
+    more = f" (refused too: {', '.join(others)}" if others else ""
+    more += f" and {beyond} more)" if beyond > 0 else ")" if others else ""
     node = f"node {name} ({operator}): " if name else ""
     return f"{node}{_reason(operator, text)}{more}"
 

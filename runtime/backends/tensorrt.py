@@ -237,6 +237,9 @@ def _network(trt: Any, builder: Any, logger: Any, path: str) -> tuple[Any, Any]:
             weight, scale = layer.get_input(0), layer.get_input(1)
             if weight.dtype == trt.DataType.INT8 and sum(n > 1 for n in scale.shape) > 1:
                 raise UnsupportedError(f"node {layer.name} (DequantizeLinear): {WRONG_BLOCKS}")
+        elif layer.type == trt.LayerType.ATTENTION_INPUT:  # in float32 it has no kernel of its own
+            layer.__class__ = trt.IAttentionInputLayer
+            layer.attention.decomposable = True
     return network, parser
 
 

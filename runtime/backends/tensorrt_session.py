@@ -158,12 +158,19 @@ class TensorRtBackend:
         device = f"sm{self.gpu.capability.replace('.', '')}"
         entry = find_engine(graph.bundle, self.name, graph.path.stem, device)
         version = str(self._trt.__version__)
-        plan = load_plan(graph.bundle, entry, version, trust=self._trust)
+        return self.over(load_plan(graph.bundle, entry, version, trust=self._trust), graph)
+
+    def over(self, plan: bytes, graph: GraphFile) -> TensorRtSession:
+        """A session over a plan of a graph, which is code: that of `load_plan`, or one just built.
+
+        Raises:
+            BundleError: the library cannot load it.
+        """
         engine = self._runtime.deserialize_cuda_engine(plan)
         if engine is None:
             raise BundleError(
-                f"engine: {entry.path} cannot be loaded on {self.gpu.name}; run: ditcast build "
-                f"{graph.bundle.path} --backend {self.name}"
+                f"engine: that of {graph.path} cannot be loaded on {self.gpu.name}; run: ditcast "
+                f"build {graph.bundle.path if graph.bundle else 'BUNDLE'} --backend {self.name}"
             )
         return TensorRtSession(self._trt, engine, self.device, graph)
 

@@ -83,6 +83,14 @@ def test_what_is_kept(tmp_path: Path, name: str) -> None:
     assert found.products == {kernel: 1}
 
 
+def test_fp4(tmp_path: Path) -> None:
+    """With scales on two levels and inputs in fp4 as well; a weight alone is lost in silence."""
+    assert built(qdq.nvfp4(), tmp_path, "w4a16", "12.0").products == {"FP4 gemm": 1}
+    found = built(qdq.fp4(), tmp_path, "w4a16", "12.0")
+    assert found.lines()[0] == "FLOAT layer: float gemm (wanted INT4-weight)"
+    assert not found.as_json()["passed"]
+
+
 def joint(apart: bool) -> onnx.ModelProto:
     """Query, key and value of 64 inputs from one product or three, and attention of two heads."""
     helper, parts, width = onnx.helper, [f"part{i}" for i in range(3)], 64

@@ -20,17 +20,21 @@ import pytest
 from numpy.typing import NDArray
 
 from ditcast.bundle import Bundle
+from ditcast.cache.learned import KEPT
+from ditcast.calibrate import router
 from ditcast.errors import BundleError, ConfigError, UnsupportedError
 from ditcast.manifest import Engine
+from ditcast.models import LoadedModel
 from ditcast.runtime import Pipeline
 from ditcast.runtime.backends import GraphFile, graph_file, make_backend
 from ditcast.runtime.backends import tensorrt_session as sessions
 from ditcast.runtime.backends.gpu import Gpu, find_gpu
 from ditcast.runtime.backends.tensorrt import EngineBuilder
 from ditcast.runtime.choice import check_backend
+from ditcast.runtime.engineaudit import audit_engines
 from ditcast.runtime.engines import build_engines
 from ditcast.settings import Settings
-from tests.conftest import Cli
+from tests.conftest import Cli, make_bundle
 
 trt = pytest.importorskip("tensorrt_rtx")
 pytestmark = pytest.mark.tensorrt
@@ -68,6 +72,9 @@ class FakeDevice:
 
     def wait(self) -> None:
         self.waited = True
+
+    def used(self) -> int:
+        return sum(held.size for held in self.memory.values())
 
 
 class FakeEngine:
@@ -160,14 +167,21 @@ def built(typed_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Any
 
 @pytest.fixture
 def gpu(built: Bundle, monkeypatch: pytest.MonkeyPatch) -> FakeDevice:
+    """A machine with the engines of the bundle."""
+    return plug_in(built, monkeypatch)
+
+
+def plug_in(built: Bundle, monkeypatch: pytest.MonkeyPatch) -> FakeDevice:
     """A machine that has an Ada GPU, as far as the backend can see."""
     device, plans = FakeDevice(), {}
     for entry in built.manifest.engines:
         plans[built.file(entry.path).read_bytes()] = entry
 
     def deserialize(plan: bytes) -> FakeEngine:
-        entry = plans[plan]
-        return FakeEngine(built.graph("tensorrt", entry.graph), entry, device)
+        if plan in plans:
+            return FakeEngine(built.graph("tensorrt", plans[plan].graph), plans[plan], device)
+        (full,) = (entry for entry in plans.values() if entry.graph == "full")
+        return FakeEngine(built.graph("reference", "full"), full, device)
 
     runtime = SimpleNamespace(deserialize_cuda_engine=deserialize)
     monkeypatch.setattr(sessions, "find_gpu", lambda: Gpu("a GPU", "8.9", 1000))
@@ -191,6 +205,35 @@ def test_a_pipeline_over_engines(built: Bundle, gpu: FakeDevice, loop: Any) -> N
     assert gpu.memory
     del pipeline
     assert gpu.memory == {}
+
+
+def test_a_learned_cache(
+    tiny: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its partial steps are engines with a branch per slot, in the graph loop as well."""
+    monkeypatch.setenv("DITCAST_KEY", str(tmp_path / "engine.key"))
+    held: NDArray[np.float32] = np.full((6, 4), KEPT, np.float32)
+    held[1::2, ::2] = held[2::2, 1::2] = -KEPT
+    router.save(held, tiny, tmp_path / "router.safetensors")
+    keys: dict[str, Any] = {"cache": "learned", "router": str(tmp_path / "router.safetensors")}
+    bundle = make_bundle(tiny, tmp_path / "b", ("tensorrt",), **keys)
+    engines = build_engines(bundle, EngineBuilder("tensorrt-rtx", ("8.9",)))
+    assert [x.graph for x in engines] == ["temporal", "full", "reuse", "partial", "sampler"]
+    rows = {"0": (1, 4, 4)}
+    names = ("sample", "features", *(f"cache.{k}" for k in range(4)))
+    assert engines[3].profile == dict.fromkeys(names, rows)
+    audits = [
+        audit for x in ("host", "graph") for audit in audit_engines(bundle, "tensorrt-rtx", x)
+    ]
+    assert [audit.graph for audit in audits] == ["full", "partial", "sampler"]
+    for audit in audits:
+        assert (audit.lost, len(audit.layers), audit.attention) == ((), 8, {"half": 2})
+    plug_in(bundle, monkeypatch)
+    pipeline, wanted = Pipeline(bundle, backend="tensorrt-rtx"), Pipeline(bundle, target="tensorrt")
+    for labels in ([3], [1, 4]):
+        for loop in ("host", "graph"):
+            found, same = (p.sample(labels, seed=2, loop=loop) for p in (pipeline, wanted))
+            np.testing.assert_allclose(found, same, rtol=0, atol=1e-5)
 
 
 def test_buffers_are_used_again_and_given_back(built: Bundle, gpu: FakeDevice) -> None:
@@ -308,8 +351,8 @@ def test_the_check_of_a_gpu(
     built: Bundle, gpu: FakeDevice, gpu_check: Any, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """All that `tools/gpu_check.py` does once there is one."""
-    del gpu
-    rows = gpu_check.check(built, "tensorrt-rtx", runs=1, images=2)
+    backend: Any = make_backend("tensorrt-rtx")
+    rows = gpu_check.check(built, backend, runs=1, images=2)
     assert [(row["loop"], row["cache"]) for row in rows] == [
         ("host", "none"),
         ("host", "fora"),
@@ -319,8 +362,17 @@ def test_the_check_of_a_gpu(
     assert min(row["psnr_db"] for row in rows) > 60
     assert rows[0]["step_psnr_db"] > 60
     assert set(rows[0]["plan_bytes"]) == {"temporal", "full", "reuse", "sampler"}
-    gpu_check.report(rows)
-    assert "w8a8" in capfd.readouterr().out
+    none, fora, graph = (row["memory_mib"] for row in rows)
+    assert fora > none > graph > 0  # the buffers of a reuse step, and none of the steps' at all
+    row = gpu_check.float32(built, backend, EngineBuilder("tensorrt-rtx", ("8.9",)), 1)
+    assert row["step_psnr_db"] > 100
+    assert row["memory_mib"] > 0
+    assert gpu.used() == 0
+    assert row["plan_bytes"]["full"] > 4 * 2 * 12 * 64 * 64  # the weights of two blocks
+    gpu_check.report([row, *rows])
+    table = capfd.readouterr().out
+    assert "w8a8" in table
+    assert "float32" in table
 
 
 def test_the_check_without_a_gpu(

@@ -32,11 +32,11 @@ def build(
 ) -> None:
     """Build TensorRT engines of a bundle: those that are missing or stale."""
     from ditcast.runtime.backends.tensorrt import EngineBuilder
-    from ditcast.runtime.engines import GRAPHS, build_engines
+    from ditcast.runtime.engines import build_engines
 
     builder = EngineBuilder(backend, tuple(capabilities.split()))
     opened = Bundle.open(bundle)
-    engines = build_engines(opened, builder, graphs or GRAPHS)
+    engines = build_engines(opened, builder, graphs)
     rows = [["graph", "plan", "device", "MiB", "weights MiB", "s"]]
     for engine in engines:
         size = opened.manifest.files[engine.path].size
