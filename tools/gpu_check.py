@@ -83,7 +83,7 @@ def float32(
     """The row of one step of full precision."""
     say(f"gpu_check: {bundle.path.name}, a step in float32")
     graph = graph_file(bundle, REFERENCE, "full")
-    built = builder.build(graph, profile_of(bundle.manifest, "full"))
+    built = builder.build(graph, profile_of(bundle.manifest, "full"), decompose=True)
     before = backend.device.used()
     session = backend.over(built.plan, graph)
     return step(session, bundle, REFERENCE, runs) | {

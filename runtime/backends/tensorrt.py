@@ -6,9 +6,8 @@ plans of one graph are the same bytes only where memory is handed out alike: wit
 of addresses, from the heap of a fresh thread, which has none of the holes that the environment and
 Python's hash seed leave in the first, and on one processor, as the threads that they start take
 memory in another order where they run beside each other: with three times more work than
-processors 6 of 80 plans differed. On one processor 2 of 441 did, and where a thread that wakes does
-not interrupt another either, none of 221, but later one in a busy run of the tests: rare is what
-can be had of it. TensorRT for RTX needs no GPU to build; TensorRT does.
+processors 6 of 80 plans differed. On one processor 2 of 441 did, and none of 221 where a thread
+that wakes does not interrupt another either. TensorRT for RTX needs no GPU to build; TensorRT does.
 """
 
 from __future__ import annotations
@@ -118,8 +117,8 @@ class EngineBuilder:
             if capability in self.capabilities[:i]:
                 raise ConfigError(f"compute-capability: got {capability} twice, expected it once")
 
-    def build(self, graph: GraphFile, profile: Profile) -> Engine:
-        """Build a graph in a process of its own.
+    def build(self, graph: GraphFile, profile: Profile, *, decompose: bool = False) -> Engine:
+        """Build a graph in a process of its own; `decompose` takes attention in float32 apart.
 
         Raises:
             UnsupportedError: the library refuses it: the node, its operator, the reason, and what
@@ -131,6 +130,7 @@ class EngineBuilder:
                 "name": self.name,
                 "path": str(graph.path.resolve()),
                 "capabilities": self.capabilities,
+                "decompose": decompose,
                 "profile": {x: {str(a): r for a, r in axes.items()} for x, axes in profile.items()},
             }
             (folder / "job.json").write_text(json.dumps(job))
@@ -238,10 +238,16 @@ def _network(trt: Any, builder: Any, logger: Any, path: str) -> tuple[Any, Any]:
             weight, scale = layer.get_input(0), layer.get_input(1)
             if weight.dtype == trt.DataType.INT8 and sum(n > 1 for n in scale.shape) > 1:
                 raise UnsupportedError(f"node {layer.name} (DequantizeLinear): {WRONG_BLOCKS}")
-        elif layer.type == trt.LayerType.ATTENTION_INPUT:  # in float32 it has no kernel of its own
+    return network, parser
+
+
+def _decompose(trt: Any, network: Any) -> None:
+    """Let attention run as products and softmax: in float32 it has no kernel of its own."""
+    for i in range(network.num_layers):
+        layer = network.get_layer(i)
+        if layer.type == trt.LayerType.ATTENTION_INPUT:
             layer.__class__ = trt.IAttentionInputLayer
             layer.attention.decomposable = True
-    return network, parser
 
 
 def _configure(trt: Any, builder: Any, network: Any, job: dict[str, Any]) -> Any:
@@ -283,6 +289,8 @@ def build_here(job: dict[str, Any], plan: Path) -> dict[str, Any]:
     builder.max_threads = 1  # the default, but 5 of 70 plans differed where it was not set
     started = time.perf_counter()
     network, parser = _network(trt, builder, logger, job["path"])
+    if job["decompose"]:  # no loop over layers without need: it moves memory, and so the plan
+        _decompose(trt, network)
     serialized = builder.build_serialized_network(network, _configure(trt, builder, network, job))
     texts = [text for _, text in messages]
     if serialized is None:
