@@ -204,10 +204,7 @@ class Bundle:
         Raises:
             BundleError: the first one that is missing or differs.
         """
-        folders = tuple(f"graphs/{target}/" for target in targets)
-        sections = (self.manifest.quantization, self.manifest.cache)
-        held = [section.file for section in sections if section is not None]
-        for name in [*held, *(n for n in self.manifest.files if n.startswith(folders))]:
+        for name in [*self._sections(), *self._graph_files(targets)]:
             self.check(name)
 
     def verify(self) -> int:
@@ -255,11 +252,18 @@ class Bundle:
     def graphs_made_from(self) -> str:
         """Hash of all that the exported graphs depend on."""
         parts = [self.manifest.fingerprint()]
-        if self.manifest.quantization is not None:
-            parts.append(self.manifest.files[self.manifest.quantization.file].sha256)
-        if self.manifest.cache is not None:
-            parts.append(self.manifest.files[self.manifest.cache.file].sha256)
+        parts += [self.manifest.files[name].sha256 for name in self._sections()]
         return hashlib.sha256("|".join(parts).encode()).hexdigest()
+
+    def _sections(self) -> list[str]:
+        """The files of what calibration and the cache's fit have found."""
+        sections = (self.manifest.quantization, self.manifest.cache)
+        return [section.file for section in sections if section is not None]
+
+    def _graph_files(self, targets: Iterable[str]) -> list[str]:
+        """The files of the graphs of these targets."""
+        folders = tuple(f"graphs/{target}/" for target in targets)
+        return [name for name in self.manifest.files if name.startswith(folders)]
 
     def check_writable(self) -> None:
         """Refuse a folder that no report can be put into, before the long work.
@@ -275,9 +279,8 @@ class Bundle:
 
     def content(self, targets: Iterable[str]) -> str:
         """Hash of all that a measurement of these targets stands on; reports are no part of it."""
-        folders = tuple(f"graphs/{target}/" for target in targets)
-        held = self.manifest.files.items()
-        parts = [f"{name} {entry.sha256}" for name, entry in held if name.startswith(folders)]
+        files = self.manifest.files
+        parts = [f"{name} {files[name].sha256}" for name in self._graph_files(targets)]
         parts = [self.graphs_made_from(), *sorted(parts)]
         return hashlib.sha256("|".join(parts).encode()).hexdigest()
 
