@@ -16,7 +16,8 @@ from diffusers import DDPMScheduler, DiTTransformer2DModel
 
 from ditcast import recipe as recipes
 from ditcast.bundle import Bundle
-from ditcast.calibrate import calibrate
+from ditcast.calibrate import calibrate, qparams
+from ditcast.calibrate.qparams import QParams
 from ditcast.cli import main
 from ditcast.export import stage, to_onnx
 from ditcast.export.trace import trace
@@ -86,6 +87,14 @@ def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny(tiny_dir: Path) -> LoadedModel:
     """The same model, loaded."""
     return load(str(tiny_dir))
+
+
+def calibrated(model: LoadedModel, path: Path, keys: dict[str, Any]) -> QParams:
+    """What calibration finds by a recipe of these keys."""
+    bundle = Bundle.create(path, describe(model, recipes.make(keys)))
+    calibrate(bundle, model)
+    assert bundle.manifest.quantization is not None
+    return qparams.of_bundle(bundle)
 
 
 def make_bundle(

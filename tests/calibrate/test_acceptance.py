@@ -16,16 +16,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ditcast import recipe as recipes
-from ditcast.bundle import Bundle
-from ditcast.calibrate import calibrate, features, qparams
+from ditcast.calibrate import features
 from ditcast.calibrate.qparams import QParams
 from ditcast.calibrate.simulate import quantized
 from ditcast.calibrate.trajectory import sample
 from ditcast.models import LoadedModel
-from ditcast.models.base import describe, vector_slices
+from ditcast.models.base import vector_slices
 from ditcast.schedule import from_config
 from tests import unets
+from tests.conftest import calibrated
 
 STEPS, IMAGES, SEED = 6, 16, 777
 RECIPE: dict[str, Any] = {
@@ -49,14 +48,6 @@ FROZEN: dict[str, Any] = {"method": "mse", "temporal": "tib", "fsc": "none"}
 TFMQ: dict[str, Any] = BLOCKWISE | {"temporal": "tib", "fsc": "tib"}
 
 Found = Callable[..., QParams]
-
-
-def calibrated(model: LoadedModel, path: Path, **keys: Any) -> QParams:
-    """What calibration finds by a recipe."""
-    bundle = Bundle.create(path, describe(model, recipes.make(RECIPE | keys)))
-    calibrate(bundle, model)
-    assert bundle.manifest.quantization is not None
-    return qparams.load(bundle.file(bundle.manifest.quantization.file))
 
 
 def tib_alone(found: QParams) -> QParams:
@@ -141,7 +132,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
         name = f"{model.fingerprint} {sorted(keys.items())}"
         if name not in held:
             path = tmp_path_factory.mktemp("acceptance") / "b"
-            held[name] = tib_alone(calibrated(model, path, **keys))
+            held[name] = tib_alone(calibrated(model, path, RECIPE | keys))
         return held[name]
 
     return find
@@ -179,8 +170,8 @@ def test_16_bit_features_with_selection_sample_as_the_tib_in_float(
 ) -> None:
     """To rounding, everything else quantized alike; features of 8 bits would be seen."""
     keys = {"scheme": "w4a16", "method": "mse"}
-    chosen = calibrated(model, tmp_path / "select", temporal="select", **keys)
-    plain = calibrated(model, tmp_path / "fp", temporal="fp", **keys)
+    chosen = calibrated(model, tmp_path / "select", RECIPE | keys | {"temporal": "select"})
+    plain = calibrated(model, tmp_path / "fp", RECIPE | keys | {"temporal": "fp"})
     assert chosen.stored is not None
     assert chosen.stored.codes.dtype == torch.int16
     wanted, made = states(model, plain), states(model, chosen)

@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from ditcast import recipe as recipes
-from ditcast.bundle import Bundle
-from ditcast.calibrate import calibrate, qparams
 from ditcast.calibrate.balance import balanced_layers, factors, ptq4dit, smooth
 from ditcast.calibrate.qparams import QParams
 from ditcast.calibrate.simulate import quantized
 from ditcast.calibrate.trajectory import sample
 from ditcast.models import LoadedModel, load
-from ditcast.models.base import describe
 from ditcast.schedule import from_config
-from tests.conftest import RECIPE
+from tests.conftest import RECIPE, calibrated
 
 KINDS = ("smooth", "ptq4dit")
 
@@ -99,14 +94,6 @@ def test_layers_that_can_be_balanced(tiny: LoadedModel) -> None:
     ]
 
 
-def calibrated(model: LoadedModel, path: Path, **keys: Any) -> QParams:
-    """What calibration finds by a recipe."""
-    bundle = Bundle.create(path, describe(model, recipes.make(RECIPE | keys)))
-    calibrate(bundle, model)
-    assert bundle.manifest.quantization is not None
-    return qparams.load(bundle.file(bundle.manifest.quantization.file))
-
-
 def trajectory(model: LoadedModel) -> Tensor:
     """One short trajectory with guidance."""
     return sample(
@@ -126,7 +113,7 @@ def test_the_balanced_float_model_is_the_original(
     tiny: LoadedModel, tmp_path: Path, kind: str
 ) -> None:
     """With the factors that calibration finds, one step differs by 1e-5 at most."""
-    found = calibrated(tiny, tmp_path / "b", balance=kind)
+    found = calibrated(tiny, tmp_path / "b", RECIPE | {"balance": kind})
     assert found.balance.keys() == set(balanced_layers(tiny.adapter))
     for factor in found.balance.values():
         assert factor.max() > 1.2 * factor.min()  # they are no ones
@@ -164,7 +151,7 @@ def test_balancing_pays_where_channels_are_unequal(
     outliers(model, 10.0)
     wanted, errors = trajectory(model), []
     for balance in ("none", kind):
-        found = calibrated(model, tmp_path / balance, balance=balance, steps=4)
+        found = calibrated(model, tmp_path / balance, RECIPE | {"balance": balance, "steps": 4})
         with quantized(model.adapter, found):
             errors.append(float((trajectory(model) - wanted).square().mean()))
     assert errors[1] < 0.7 * errors[0]
@@ -172,8 +159,8 @@ def test_balancing_pays_where_channels_are_unequal(
 
 def test_scales_are_those_of_balanced_inputs(tiny: LoadedModel, tmp_path: Path) -> None:
     """The largest input of qkv by 127, after its factors; the weight divided by them."""
-    found = calibrated(tiny, tmp_path / "b", balance="smooth")
-    plain = calibrated(tiny, tmp_path / "plain")
+    found = calibrated(tiny, tmp_path / "b", RECIPE | {"balance": "smooth"})
+    plain = calibrated(tiny, tmp_path / "plain", RECIPE)
     name = "blocks.0.attn.qkv"
     linears, factor = tiny.adapter.layers(), found.balance[name]
     weight = linears[name].weight / factor

@@ -11,9 +11,9 @@ import pytest
 from ditcast.bundle import Bundle
 from ditcast.runtime import kept
 from ditcast.runtime.report import write_report
-from tests import bundles, reports
+from tests import reports
 from tests.conftest import Cli
-from tests.reports import NAMES, audited, keep, make_report
+from tests.reports import NAMES, make_report
 
 CHANGED = "SHA-256 differs from the manifest; it was changed, or is of another bundle; "
 
@@ -21,9 +21,7 @@ CHANGED = "SHA-256 differs from the manifest; it was changed, or is of another b
 @pytest.fixture
 def made(tmp_path: Path) -> Bundle:
     """A handmade bundle with good figures and a good audit."""
-    bundle = reports.exported(bundles.make(tmp_path / "good.bundle"))
-    keep(bundle, make_report(bundle, *NAMES), audited())
-    return bundle
+    return reports.good(tmp_path / "good.bundle")
 
 
 def edit(path: Path) -> None:
