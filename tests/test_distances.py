@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import socket
 from pathlib import Path
 from typing import Any
@@ -136,6 +137,10 @@ def test_measured_shown_and_judged(
     assert f"fd_to_fp of w8a8 + cache (8 samples) is {distance:.4g}, expected at" in done.out
     done = cli("bench", bundle.path, "--images", 4)
     assert (done.code, "fd_to_fp" in done.out) == (0, False)
+    assert re.search(
+        r"w8a8 \+ cache is .* full precision.*\(4 samples\), with .* MiB of graphs", done.out
+    )
+    assert "The medians are over 4 samples; over fewer than 128 they can move" in done.out
     done = cli(*gate, 1)
     assert done.code == 2
     assert "measure it with: ditcast bench BUNDLE --real DATA.npz (extra distances)" in done.err

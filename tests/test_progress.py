@@ -81,6 +81,7 @@ def test_what_takes_long_can_be_quiet() -> None:
     """Every command that shows progress."""
     found = {name for name in app.commands if "--quiet" in options(name)}
     assert found >= {"compile", "calibrate", "export", "build", "audit", "bench", "sample", "tune"}
+    assert "deploy" in found
     assert not found & {"report", "gate", "compare", "verify", "inspect"}
 
 

@@ -75,7 +75,7 @@ def test_a_search_that_was_killed_goes_on_as_it_would_have(tmp_path: Path) -> No
 
 
 def test_the_time_is_that_of_all_runs_together(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Six trials of ten seconds each: in one run, or in two of which the first was killed."""
     clock = 0.0
@@ -91,6 +91,7 @@ def test_the_time_is_that_of_all_runs_together(
     asked: dict[str, Any] = {"first": DEFAULT, "steps": 50, "trials": 40, "seconds": 55}
     with pytest.raises(KeyboardInterrupt):
         search(tmp_path, GOAL, slow, **asked)
+    assert "tuning: 3 of 40 done, at most 25 s left; " in capsys.readouterr().err  # 55 - 3 * 10
     found = search(tmp_path, GOAL, slow, **asked)
     whole = tmp_path / "whole"
     whole.mkdir()
