@@ -6,8 +6,9 @@ plans of one graph are the same bytes only where memory is handed out alike: wit
 of addresses, from the heap of a fresh thread, which has none of the holes that the environment and
 Python's hash seed leave in the first, and on one processor, as the threads that they start take
 memory in another order where they run beside each other: with three times more work than
-processors 6 of 80 plans differed. On one processor 2 of 441 did, and none of 221 where a thread
-that wakes does not interrupt another either. TensorRT for RTX needs no GPU to build; TensorRT does.
+processors 6 of 80 plans differed. On one processor 2 of 441 did, and one of about 290 where a
+thread that wakes does not interrupt another either: other processes still can. TensorRT for RTX
+needs no GPU to build; TensorRT does.
 """
 
 from __future__ import annotations
