@@ -1,10 +1,10 @@
-"""What the noise guard decides on: the errors of a forecast and of plain reuse, of every slot."""
+"""What the noise guard decides on: figures of the forecasts and of plain reuse, of every slot."""
 
 from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from ditcast.schedule import from_config
 
 BYTES = 1 << 31  # of the quantized network's outputs that are held for comparison
 IMAGES = 16  # at most
+WORTH = 0.5  # of the true change: more noise than that is not worth a forecast
 
 Outputs = list[Tensor]  # of every slot, before its gate
 
@@ -31,10 +32,13 @@ Outputs = list[Tensor]  # of every slot, before its gate
 def measure(
     model: LoadedModel, recipe: Recipe, qparams: QParams, plan: StepPlan
 ) -> tuple[Table, Table]:
-    """Mean squared errors of every slot at reuse steps, (T, slots): forecast, and plain reuse.
+    """What the recipe's guard compares at reuse steps: figures of forecasts, and their bounds.
 
-    Both are made of the quantized network's outputs at full steps, and compared with what full
-    precision computes; along trajectories of full precision.
+    Both (T, slots); all are means of squares, along trajectories of full precision. With `error`
+    they are how far the forecast and plain reuse, both made of the quantized network's outputs at
+    full steps, are from what full precision computes. With `noise` they are the noise that the
+    forecast amplifies, `sum_i w_i^2 n_i` for noise `n_i` of the quantized outputs that it reads,
+    and half of the true change from the last full step. No paper has either.
     """
     adapter = model.adapter
     count = min(recipe.samples, IMAGES, _affordable(adapter, plan))
@@ -53,16 +57,51 @@ def measure(
 
     with quantized(adapter, qparams):
         known = {int(step): outputs_of(int(step)) for step in np.flatnonzero(plan.full)}
-    forecast = np.zeros((recipe.steps, len(adapter.slots)), np.float32)
+    return (_noise if recipe.guard == "noise" else _errors)(plan, known, outputs_of)
+
+
+def _errors(
+    plan: StepPlan, known: dict[int, Outputs], exact: Callable[[int], Outputs]
+) -> tuple[Table, Table]:
+    """Errors of forecasts and of plain reuse.
+
+    Quantized outputs are `known` at full steps; `exact` computes those of full precision.
+    """
+    forecast = np.zeros((len(plan.full), plan.weights.shape[2]), np.float32)
     reuse, hold = np.zeros_like(forecast), np.eye(plan.history, dtype=np.float32)[0]
     for step in np.flatnonzero(~plan.full).tolist():
-        read = [known[t] for t in range(step - 1, -1, -1) if t in known][: plan.history]
-        for slot, wanted in enumerate(outputs_of(step)):
-            sources = torch.stack([outputs[slot] for outputs in read])
+        read = _read(plan, step)
+        for slot, wanted in enumerate(exact(step)):
+            sources = torch.stack([known[t][slot] for t in read])
             weights = plan.weights[step, :, slot]
             forecast[step, slot] = _error(weights, sources, wanted)
             reuse[step, slot] = _error(hold, sources, wanted)
     return forecast, reuse
+
+
+def _noise(
+    plan: StepPlan, known: dict[int, Outputs], exact: Callable[[int], Outputs]
+) -> tuple[Table, Table]:
+    """Noise that forecasts amplify, and half of the change that they predict."""
+    amplified = np.zeros((len(plan.full), plan.weights.shape[2]), np.float32)
+    change, noise = np.zeros_like(amplified), np.zeros_like(amplified)
+    last: Outputs = []
+    for step, full in enumerate(plan.full.tolist()):
+        outputs = exact(step)
+        if full:
+            last = outputs
+            noise[step] = [_square(a - b) for a, b in zip(known[step], last, strict=True)]
+            continue
+        read = _read(plan, step)
+        amplified[step] = (plan.weights[step, : len(read)] ** 2 * noise[read]).sum(axis=0)
+        change[step] = [_square(now - before) for now, before in zip(outputs, last, strict=True)]
+    return amplified, WORTH * change
+
+
+def _read(plan: StepPlan, step: int) -> list[int]:
+    """The full steps whose outputs a forecast reads, the newest first."""
+    found: list[int] = np.flatnonzero(plan.full[:step])[::-1][: plan.history].tolist()
+    return found
 
 
 def _samples(model: LoadedModel, recipe: Recipe, labels: list[int]) -> list[Tensor]:
@@ -85,7 +124,11 @@ def _affordable(adapter: Adapter, plan: StepPlan) -> int:
 def _error(weights: Table, sources: Tensor, wanted: Tensor) -> float:
     """Of the weighted sum of a slot's outputs, newest first."""
     used = torch.from_numpy(weights[: len(sources)])
-    return float((torch.tensordot(used, sources, dims=1) - wanted).square().mean())
+    return _square(torch.tensordot(used, sources, dims=1) - wanted)
+
+
+def _square(values: Tensor) -> float:
+    return float(values.square().mean())
 
 
 @contextlib.contextmanager

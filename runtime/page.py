@@ -23,7 +23,7 @@ PLOTS = {  # what each shows
     "closeness": "Plot of the closeness to full precision after each step",
     "cosine": "Plot of the cosine of temporal features at each step",
     "plan": "Map of what every slot does at every step",
-    "forecast": "Map of errors of forecasts over those of plain reuse",
+    "forecast": "Map of what the noise guard compares",
     "ranges": "Plot of input scales at each step",
     "selection": "Map of where temporal features come from",
 }

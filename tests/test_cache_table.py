@@ -33,7 +33,7 @@ def run(*arguments: object) -> subprocess.CompletedProcess[str]:
 def taylor_bundle(tiny: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """W4A8 with a corrected and guarded plan."""
     keys: dict[str, Any] = {"scheme": "w4a8", "cache": "taylor", "correction": "moment"}
-    keys["guard"] = "on"
+    keys["guard"] = "error"
     path = tmp_path_factory.mktemp("cache_table") / "w4a8.bundle"
     return make_bundle(tiny, path, **keys)
 
@@ -83,7 +83,7 @@ def test_every_point_has_speed_and_fidelity(
         ("fp32", "fewer steps", 3, 3),
         (EIGHT, "fewer steps", 3, 3),
         (FOUR, "fewer steps", 3, 3),
-        (FOUR, "fitted: taylor-1, guard on, vc moment, full trajectories, uniform", 4, 6),
+        (FOUR, "fitted: taylor-1, guard error, vc moment, full trajectories, uniform", 4, 6),
         ("fp32", "rfe-1", 3, 6),
         ("fp32", "taylor-1, placed", 3, 6),
     ]
@@ -147,8 +147,8 @@ def test_stacking_loss_is_beyond_the_larger_of_the_two(
         entry("fp32", "taylor-1", 0.3),
         entry("fp32", "taylor-1", 9.0, interval=3),
         entry("w8a8", "taylor-1", 0.7),
-        entry("w8a8", "fitted: taylor-1, guard on, vc exact", 0.4),
-        entry("w4a8", "fitted: taylor-1, guard on, vc exact", 0.4),
+        entry("w8a8", "fitted: taylor-1, guard error, vc exact", 0.4),
+        entry("w4a8", "fitted: taylor-1, guard error, vc exact", 0.4),
     ]
     monkeypatch.syspath_prepend(str(TOOLS))
     (found,) = importlib.import_module("cache_table").stacking(rows)

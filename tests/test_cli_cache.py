@@ -55,7 +55,7 @@ def test_sample_counts_its_steps(cli: Cli, shared_bundle: Bundle, tmp_path: Path
 def test_inspect_says_what_was_fitted(cli: Cli, tiny: LoadedModel, tmp_path: Path) -> None:
     """The guard's count, the correction and the order; of a bundle without them, nothing."""
     keys: dict[str, Any] = {"cache": "taylor", "order": 2, "interval": 3, "steps": 8}
-    keys |= {"guard": "on", "correction": "moment"}
+    keys |= {"guard": "error", "correction": "moment"}
     bundle = Bundle.create(tmp_path / "b", describe(tiny, recipes.make(RECIPE | keys)))
     calibrate(bundle, tiny)
     assert bundle.manifest.cache is not None

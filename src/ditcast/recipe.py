@@ -161,8 +161,10 @@ class Recipe(BaseModel):
     iepo: Literal["leave_one_out", "cumulative"] = Field(
         "leave_one_out", description="how a step's weight in the router's loss is measured"
     )
-    guard: Literal["on", "off"] = Field(
-        "off", description="plain reuse where it is closer than a forecast of quantized outputs"
+    guard: Literal["off", "error", "noise"] = Field(
+        "off",
+        description="plain reuse where a forecast of quantized outputs is further off (error), "
+        "or where the noise that it amplifies is over half of what it predicts (noise)",
     )
     correction: Literal["none", "exact", "moment", "printed"] = Field(
         "none", description="variance correction (VC) of quantized and cached samples"

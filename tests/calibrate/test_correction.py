@@ -191,10 +191,15 @@ def test_a_corrected_chain_has_the_deviations_of_the_reference(
     assert any((a.std() - b.std()).abs() > 1e-4 for a, b in zip(before, wanted, strict=True))
 
 
-def test_errors_are_those_of_slot_outputs(tiny: LoadedModel, tmp_path: Path) -> None:
+def square(values: Tensor) -> float:
+    return float(values.square().mean())
+
+
+@pytest.mark.parametrize("rule", ["error", "noise"])
+def test_the_guard_compares_slot_outputs(tiny: LoadedModel, tmp_path: Path, rule: str) -> None:
     """By brute force: one slot's outputs, kept at every step of full precision and quantized."""
     keys: dict[str, Any] = {"cache": "taylor", "interval": 3, "steps": 6, "samples": 2}
-    keys["guard"] = "on"
+    keys["guard"] = rule
     recipe = recipes.make(RECIPE | keys)
     bundle = Bundle.create(tmp_path / "b", describe(tiny, recipe))
     calibrate(bundle, tiny)
@@ -224,10 +229,17 @@ def test_errors_are_those_of_slot_outputs(tiny: LoadedModel, tmp_path: Path) -> 
     assert plan.full.tolist() == [True, True, False, False, True, False]
     for step, newest, before in ((2, 1, 0), (3, 1, 0), (5, 4, 1)):
         first, second = plan.weights[step, :, slot].tolist()
-        found = first * rounded[newest] + second * rounded[before]
-        for table, guess in ((held.forecast, found), (held.reuse, rounded[newest])):
-            wanted = float((guess - exact[step]).square().mean())
-            assert table[step, slot] == pytest.approx(wanted, rel=1e-3)
+        if rule == "error":
+            found = first * rounded[newest] + second * rounded[before]
+            pair = square(found - exact[step]), square(rounded[newest] - exact[step])
+        else:
+            noise = [square(rounded[t] - exact[t]) for t in (newest, before)]
+            pair = (
+                first**2 * noise[0] + second**2 * noise[1],
+                square(exact[step] - exact[newest]) / 2,
+            )
+        assert held.forecast[step, slot] == pytest.approx(pair[0], rel=1e-3)
+        assert held.reuse[step, slot] == pytest.approx(pair[1], rel=1e-3)
     assert (held.forecast[plan.full] == 0).all()
     assert (held.reuse[plan.full] == 0).all()
 
@@ -280,7 +292,7 @@ def test_what_was_fitted_to_another_recipe_is_missing(tiny: LoadedModel, tmp_pat
 def test_a_bundle_keeps_what_was_fitted(tiny: LoadedModel, tmp_path: Path) -> None:
     """Both tables of the guard and both of the correction; a second run does nothing."""
     keys = {"cache": "taylor", "steps": 8, "interval": 3, "correction": "moment", "scheme": "w4a8"}
-    keys["guard"] = "on"
+    keys["guard"] = "error"
     bundle = Bundle.create(tmp_path / "b", describe(tiny, recipes.make(RECIPE | keys)))
     calibrate(bundle, tiny)
     section = bundle.manifest.cache
@@ -303,7 +315,7 @@ def test_nothing_is_fitted_where_nothing_is_asked_for(
     tiny: LoadedModel, tmp_path: Path, keys: dict[str, str]
 ) -> None:
     """Plain reuse, no guard, or no quantization."""
-    values = RECIPE | {"cache": "taylor", "guard": "on"} | keys
+    values = RECIPE | {"cache": "taylor", "guard": "error"} | keys
     bundle = Bundle.create(tmp_path / "b", describe(tiny, recipes.make(values)))
     calibrate(bundle, tiny)
     assert bundle.manifest.cache is None
@@ -313,7 +325,7 @@ def test_coarser_codes_make_larger_errors(tiny: LoadedModel, tmp_path: Path) -> 
     """W4A8 against W8A8, of forecasts in all slots together."""
     errors = []
     for scheme in ("w8a8", "w4a8"):
-        keys = {"cache": "taylor", "scheme": scheme, "guard": "on"}
+        keys = {"cache": "taylor", "scheme": scheme, "guard": "error"}
         bundle = Bundle.create(tmp_path / scheme, describe(tiny, recipes.make(RECIPE | keys)))
         calibrate(bundle, tiny)
         found = fitted.of_target(bundle, "onnxruntime").forecast

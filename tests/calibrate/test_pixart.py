@@ -140,7 +140,7 @@ def test_reconstruction_is_better_than_the_nearest(model: LoadedModel, tmp_path:
 
 def test_the_cache_is_calibrated_too(model: LoadedModel, tmp_path: Path) -> None:
     """The noise guard knows three slots per block."""
-    keys = {"cache": "taylor", "steps": 6, "guard": "on", "correction": "moment"}
+    keys = {"cache": "taylor", "steps": 6, "guard": "error", "correction": "moment"}
     bundle, _ = calibrated(model, tmp_path / "b", **keys)
     assert bundle.manifest.cache is not None
     assert bundle.manifest.cache.forecasts == 2 * 6

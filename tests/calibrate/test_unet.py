@@ -194,7 +194,7 @@ def test_balancing_of_attention(model: LoadedModel, tmp_path: Path) -> None:
 
 def test_the_cache_is_calibrated_too(model: LoadedModel, tmp_path: Path) -> None:
     """Noise guard and variance correction know the one slot."""
-    keys = {"cache": "taylor", "interval": 2, "steps": 6, "guard": "on", "correction": "moment"}
+    keys = {"cache": "taylor", "interval": 2, "steps": 6, "guard": "error", "correction": "moment"}
     bundle, _ = calibrated(model, tmp_path / "b", guidance=2.0, **keys)
     assert bundle.manifest.cache is not None
     assert bundle.manifest.cache.forecasts == 2

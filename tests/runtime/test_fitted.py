@@ -49,7 +49,7 @@ def test_both_loops_correct_samples(tiny: LoadedModel, tmp_path: Path) -> None:
 
 def test_a_guarded_plan_is_what_both_loops_run(tiny: LoadedModel, tmp_path: Path) -> None:
     """With tables that refuse every forecast, a bundle samples as plain reuse does."""
-    keys: dict[str, Any] = {"cache": "taylor", "interval": 3, "steps": 8, "guard": "on"}
+    keys: dict[str, Any] = {"cache": "taylor", "interval": 3, "steps": 8, "guard": "error"}
     bundle = Bundle.create(tmp_path / "guarded", describe(tiny, recipes.make(RECIPE | keys)))
     calibrate(bundle, tiny)
     held = of_target(bundle, "onnxruntime")

@@ -263,6 +263,11 @@ def test_step_by_step(bundle: Bundle) -> None:
         assert f'id="plot-{name}"' in page.source
     assert "All of them are computed in float ( --temporal fp ); --temporal select" in page.text
     assert "(--temporal fp), so it is about 1 throughout" in page.text
+    assert "Error of the forecasts over that of plain reuse" in page.text
+    report = make_report(bundle, *NAMES)
+    report["bundle"]["recipe"]["guard"] = "noise"
+    title = "Noise that the forecasts amplify over half of the change that they predict"
+    assert title in render(bundle, report).text
     report = make_report(bundle, *NAMES[:2])
     report["steps"]["selection"] = ["mmmccc", "mccccc"]
     page = render(bundle, report)
@@ -280,7 +285,7 @@ def test_page_says_how_errors_of_forecasts_are_measured(bundle: Bundle) -> None:
     """Where there are forecasts, and the guard is off."""
     report = make_report(bundle, *NAMES)
     report["steps"] |= {"forecast_error": None, "reuse_error": None}
-    sentence = "It was not measured, as the noise guard is off: --guard on measures it"
+    sentence = "It was not measured, as the noise guard is off: --guard error measures it"
     assert sentence in render(bundle, report).text
     report["steps"]["plan"] = ["frfrfr"] * 4
     assert sentence not in render(bundle, report).text

@@ -105,7 +105,7 @@ def test_what_calibration_found_per_step(tiny: LoadedModel, tmp_path: Path) -> N
     """Scales that differ per step, the choice of stored features, and errors of forecasts."""
     keys: dict[str, Any] = {
         "cache": "taylor",
-        "guard": "on",
+        "guard": "error",
         "fsc": "all",
         "temporal": "select",
         "order": 1,

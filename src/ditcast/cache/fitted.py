@@ -25,7 +25,7 @@ Table = NDArray[np.float32]
 class Fitted(NamedTuple):
     """Tables over the T steps of one plan; None where there is nothing of the kind.
 
-    `forecast` and `reuse` (T, slots) are the errors that the noise guard decides on. `gain` and
+    `forecast` and `reuse` (T, slots) are what the noise guard compares. `gain` and
     `offset` (T, C) correct the sample after each step: `x * gain + offset` per channel. A gate
     has its `threshold` () and its `polynomial` (P,), highest power first. A `router` (T, slots) is
     the logits of a learned policy.
@@ -80,7 +80,7 @@ def guarding(manifest: Manifest) -> bool:
     """Whether a bundle's plan has forecasts of quantized outputs, and the guard is on."""
     plan = recipe_plan(manifest)
     forecasts = plan.history > 1 and not plan.full.all() and plan.form == "forecast"
-    return forecasts and manifest.recipe.guard == "on" and manifest.quantization is not None
+    return forecasts and manifest.recipe.guard != "off" and manifest.quantization is not None
 
 
 def missing(manifest: Manifest) -> bool:

@@ -1,4 +1,4 @@
-"""The noise guard: forecasts only where quantization leaves them closer than plain reuse."""
+"""The noise guard: forecasts only where the noise of quantized outputs leaves them worth it."""
 
 from __future__ import annotations
 
@@ -11,11 +11,9 @@ from ditcast.cache.plan import StepPlan
 
 
 def guarded(plan: StepPlan, forecast: NDArray[np.float32], reuse: NDArray[np.float32]) -> StepPlan:
-    """The plan with plain reuse wherever that is closer to the truth than its forecast.
+    """The plan with plain reuse wherever the forecast's figure is above that of plain reuse.
 
-    Both tables (T, slots) are errors at reuse steps, made of quantized outputs, so that a
-    forecast's hold the noise that it amplifies. Rules that weigh that noise alone against the
-    change that is to be predicted were measured to be worse than no guard (docs/caching.md).
+    Both tables (T, slots) are those of the recipe's rule, see `ditcast.calibrate.noise.measure`.
     """
     weights, hold = plan.weights.copy(), np.zeros(plan.history, np.float32)
     hold[0] = 1
