@@ -8,8 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ditcast.cache.plan import StepPlan
-from ditcast.cache.taylor import placed
+from ditcast.cache import PLACED, StepPlan
 from ditcast.calibrate.collect import draw_labels
 from ditcast.calibrate.trajectory import follow
 from ditcast.models import LoadedModel
@@ -37,7 +36,7 @@ def fit(model: LoadedModel, recipe: Recipe, plan: StepPlan) -> Places:
     wanted = follow(model, recipe, range(len(labels)), labels)
 
     def closeness(places: Places) -> float:
-        tried = placed(places, recipe.steps, slots, order)
+        tried = PLACED[recipe.cache](places, recipe.steps, slots, order)
         found = follow(model, recipe, range(len(labels)), labels, plan=tried)
         return _psnr(found, wanted)
 

@@ -120,6 +120,10 @@ class TorchRequest:
         """Float32 numbers as a tensor."""
         return torch.from_numpy(np.asarray(values, np.float32))
 
+    def keep(self, output: Tensor) -> Tensor:
+        """The tensor itself: no other step writes over it."""
+        return output
+
     def rows(self, history: int, slots: int = 0) -> Tensor:
         """Zeros, (history, [slots,] N, *slot_shape)."""
         many = (slots,) if slots else ()

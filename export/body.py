@@ -30,6 +30,7 @@ class LoopSpec:
     null_label: int | None
     sample_shape: tuple[int, int, int]
     slot_shape: tuple[int, ...]
+    output_channels: int
     step_noise: bool
     gain: NDArray[np.float32] | None  # (T, C), and `offset`: of the variance correction
     offset: NDArray[np.float32] | None

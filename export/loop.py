@@ -8,6 +8,7 @@ ones is carried from segment to segment.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import numpy as np
@@ -71,6 +72,52 @@ def _forecasting(build: Builder, top: Scope) -> str:
     return build.loop(top, outer, trips, carried)[0]
 
 
+def _output(build: Builder, top: Scope) -> str:
+    """The loop of a plan that predicts the network's output; returns samples.
+
+    Outputs of earlier full steps are carried from segment to segment. Before there are any they
+    are zeros, whose weights are zero too.
+    """
+    spec, outer, inner = build.spec, Scope("segments"), Scope("reuse_steps")
+    starts, lengths = spec.plan.segments()
+    index, one = "segments/iteration", build.constant("scalar_one", 1)
+    start = outer.op("Gather", build.constant("segment_starts", starts), index, axis=0)
+    nothing = np.zeros((0, spec.plan.weights.shape[2]))
+    ahead = build.features_of(outer, build.constant("no_steps", nothing[:, 0]), axis=1)
+    none = {"ahead": ahead, "weights": build.constant("no_weights", nothing, np.float32)}
+    newest = build.network(outer, "full", "segments/x", start, none)["output"]
+    build.step(outer, "segments/x", start, newest, "segments/x_full")
+    outputs = [newest, *(f"segments/output_{age}" for age in range(1, spec.plan.history))]
+    t = inner.op("Add", start, inner.op("Add", "reuse_steps/iteration", one))
+    table = build.constant("output_weights", spec.plan.weights[..., 0], np.float32)
+    weights, found = inner.op("Gather", table, t, axis=0), ""
+    for age, output in enumerate(outputs):
+        weight = inner.op("Gather", weights, build.constant(f"age_{age}", age), axis=0)
+        part = inner.op("Mul", weight, output)
+        found = inner.op("Add", found, part) if found else part
+    build.step(inner, "reuse_steps/x", t, found, "reuse_steps/after")
+    length = outer.op("Gather", build.constant("segment_lengths", lengths), index, axis=0)
+    inside = [build.sample("reuse_steps", "segments/x_full", "reuse_steps/after")]
+    last = build.loop(outer, inner, outer.op("Sub", length, one), inside)[0]
+    outer.name_it(last, "segments/after")
+    carried = [build.sample("segments", "noise", "segments/after")]
+    carried += _older(build, top, outer, outputs)
+    return build.loop(top, outer, build.constant("segments_count", len(starts)), carried)[0]
+
+
+def _older(build: Builder, top: Scope, outer: Scope, outputs: list[str]) -> list[Carried]:
+    """The outputs but the newest, as they move on from one segment to the next."""
+    shape = (build.spec.output_channels, *build.spec.sample_shape[1:])
+    sizes = build.constant("output_shape", shape)
+    rows, zero = top.op("Shape", build.row_index), build.constant("no_output", 0.0, np.float32)
+    zeros = top.op("Expand", zero, top.op("Concat", rows, sizes, axis=0))
+    carried = []
+    for newer, name in itertools.pairwise(outputs):
+        outer.name_it(newer, f"{name}_after")
+        carried.append(Carried(name, zeros, f"{name}_after", ["N", *shape]))
+    return carried
+
+
 def _pending(build: Builder, scope: Scope, rows: int) -> Carried:
     """Nothing, summed up for `rows` reuse steps behind later full steps."""
     shape = [
@@ -126,6 +173,7 @@ def _partial(build: Builder, top: Scope) -> str:
 LOOPS: dict[str, Callable[[Builder, Scope], str]] = {
     "forecast": _forecasting,
     "residual": deciding,
+    "output": _output,
     "first-block": deciding,
     "extrapolate": deciding,
     "relate": deciding,

@@ -250,6 +250,7 @@ def _loop_spec(
         null_label=adapter.null_label,
         sample_shape=adapter.sample_shape,
         slot_shape=adapter.slot_shape,
+        output_channels=adapter.output_channels,
         step_noise=needs_noise(recipe.sampler),
         gain=None if fitted.gain is None else fitted.gain[:steps],
         offset=None if fitted.offset is None else fitted.offset[:steps],

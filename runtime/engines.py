@@ -50,7 +50,8 @@ def profile_of(manifest: Manifest, graph: str) -> Profile:
     if graph == "partial":
         inputs, _ = STEPS[graph].names(len(manifest.model.slots))
         return {**step, **{name: {0: rows} for name in inputs if name.startswith("cache.")}}
-    longest = recipe_plan(manifest).ahead()[0].shape[1]
+    plan = recipe_plan(manifest)
+    longest = plan.ahead()[0].shape[1] if plan.form == "forecast" else 0
     later: Range = (0, longest, longest)
     return {**step, "ahead": {0: later, 1: rows}, "weights": {0: later}}
 

@@ -63,6 +63,10 @@ class HostRequest:
         """Float32 numbers as an array."""
         return np.asarray(values, np.float32)
 
+    def keep(self, output: Array) -> Array:
+        """A copy that lasts."""
+        return output.copy()
+
     def rows(self, history: int, slots: int = 0) -> Array:
         """Zeros, (history, [slots,] N, *slot_shape)."""
         many = (slots,) if slots else ()

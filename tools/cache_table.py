@@ -45,8 +45,18 @@ if TYPE_CHECKING:
     from ditcast.distances import Distances
 
 FULL, FEWER, FITTED = "full precision", "fewer steps", "fitted"
-STATIC = ("none", "fora", "deepcache", "taylor")  # policies that every bundle can run
-POLICIES = ("fora", "taylor-1", "taylor-2", "taylor-3", "deepcache")  # a policy and its order
+STATIC = ("none", "fora", "deepcache", "taylor", "output")  # policies that every bundle can run
+POLICIES = (
+    "fora",
+    "taylor-1",
+    "taylor-2",
+    "output-1",
+    "output-2",
+    "taylor-3",
+    "output-0",
+    "output-3",
+    "deepcache",
+)  # a policy and its order
 
 
 @dataclass
@@ -286,7 +296,7 @@ def parse() -> argparse.Namespace:
     parser = Parser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("bundles", nargs="+", type=Path, metavar="BUNDLE")
-    add("--policies", nargs="+", choices=POLICIES, default=list(POLICIES[:3]), metavar="POLICY")
+    add("--policies", nargs="+", choices=POLICIES, default=list(POLICIES[:5]), metavar="POLICY")
     add("--intervals", nargs="+", type=int, default=[2, 3, 4, 5, 7])
     add("--images", type=int, default=128)
     add("--threads", type=int, default=0, help="0 is one per core")

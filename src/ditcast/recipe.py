@@ -17,6 +17,7 @@ Cache = Literal[
     "fora",
     "deepcache",
     "taylor",
+    "output",
     "rfe",
     "rcs",
     "relational",
@@ -52,6 +53,7 @@ PRECISIONS: dict[str, Bits] = {
     FLOAT: Bits(0, 16),
 }
 DYNAMIC = ("rcs", "relational", "first-block", "stack")  # caches that decide on the way
+PLACEABLE = ("taylor", "output")  # caches that forecast over any distance
 COMPARING = ("rfe", "rcs", "relational", "stack")  # caches that compare inputs across steps
 POWER = "power"  # the placement of DeepCache's non-uniform full steps
 RANGES = ("absmax", "minmax", "percentile")  # methods that find ranges, and search nothing
@@ -130,12 +132,15 @@ class Recipe(BaseModel):
         "tuned to as many full steps as taylor has",
     )
     order: int = Field(
-        1, ge=0, le=4, description="order of the forecast (--cache taylor, rfe, rcs, relational)"
+        1,
+        ge=0,
+        le=4,
+        description="order of the forecast (--cache taylor, output, rfe, rcs, relational)",
     )
     placement: Literal["even", "power", "fitted"] = Field(
         "even",
         description="full steps at equal distances, by a power of them (--cache deepcache), or "
-        "where calibration finds samples closest to uncached ones (--cache taylor)",
+        "where calibration finds samples closest to uncached ones (--cache taylor, output)",
     )
     threshold: float | None = Field(
         None,
@@ -192,10 +197,10 @@ class Recipe(BaseModel):
                 f"threshold: got {self.threshold} with cache {self.cache}, whose full steps the "
                 f"interval gives; expected cache {' or '.join(DYNAMIC)}"
             )
-        if self.placement == "fitted" and self.cache != "taylor":
+        if self.placement == "fitted" and self.cache not in PLACEABLE:
             raise ValueError(
-                f"placement: got fitted with cache {self.cache}; expected cache taylor, which "
-                "forecasts over any distance"
+                f"placement: got fitted with cache {self.cache}; expected cache "
+                f"{' or '.join(PLACEABLE)}, which forecast over any distance"
             )
         if self.placement == POWER and self.cache != "deepcache":
             raise ValueError(

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 WIDTH = 120  # columns, where the output is no terminal
 PAYS = 2.0  # integers that are not this much faster than float gain little in a whole step
-ORDERED = ("taylor", "rfe", "rcs", "relational")  # caches that have an order
+ORDERED = ("taylor", "output", "rfe", "rcs", "relational")  # caches that have an order
 SHOWN_KERNELS = 8  # of everything that is no quantized layer; the rest is summed up
 
 

@@ -22,7 +22,7 @@ from ditcast.bundle import Bundle
 from ditcast.cache import StepPlan, make_plan
 from ditcast.errors import BundleError, ConfigError, optional
 from ditcast.progress import say
-from ditcast.recipe import Recipe
+from ditcast.recipe import PLACEABLE, Recipe
 from ditcast.runtime import Pipeline, fidelity, images
 from ditcast.runtime.choice import open_backend
 from ditcast.settings import Settings
@@ -31,7 +31,7 @@ PAYS = 1.05  # a recipe that is not this much faster than full precision is not 
 HOPELESS_DB = 3.0  # so far under the limit after the first batch, a trial is given up
 SCHEMES = ("none", "w8a8", "w7a8", "w4a8")
 METHODS = ("absmax", "percentile", "mse")
-CACHES = ("none", "fora", "taylor")  # plans that nothing has to be fitted to
+CACHES = ("none", "fora", "taylor", "output")  # plans that nothing has to be fitted to
 INTERVALS, ORDERS = (2, 8), (1, 2)
 STUDY, TABLE, RECIPE = "study.db", "tune.json", "recipe.yaml"
 
@@ -53,7 +53,7 @@ class Point:
             found["method"] = self.method
         if self.cache != "none":
             found["interval"] = self.interval
-        if self.cache == "taylor":
+        if self.cache in PLACEABLE:
             found["order"] = self.order
         return found
 
@@ -258,7 +258,7 @@ def suggest(trial: Any, fixed: dict[str, Any], steps: int) -> Point:
         interval=number("interval", min(INTERVALS[0], steps), min(INTERVALS[1], steps))
         if cache != "none"
         else 1,
-        order=number("order", *ORDERS) if cache == "taylor" else 0,
+        order=number("order", *ORDERS) if cache in PLACEABLE else 0,
     )
 
 

@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from ditcast.cache import deepcache, first_block, fora, learned, none, relational, stack, taylor
+from ditcast.cache import (
+    deepcache,
+    first_block,
+    fora,
+    learned,
+    none,
+    output,
+    relational,
+    stack,
+    taylor,
+)
 from ditcast.cache.plan import StepPlan
 from ditcast.errors import ConfigError
 from ditcast.recipe import POWER
@@ -15,12 +25,19 @@ POLICIES: dict[str, Callable[[int, int, int, int], StepPlan]] = {
     "fora": fora.plan,
     "deepcache": deepcache.plan,
     "taylor": taylor.plan,
+    "output": output.plan,
     "rfe": relational.rfe,
     "rcs": relational.rcs,
     "relational": relational.plan,
     "learned": learned.plan,
     "first-block": first_block.plan,
     "stack": stack.plan,
+}
+
+# policies whose full steps may lie anywhere: (places, steps, slots, order) -> the plan
+PLACED: dict[str, Callable[[Sequence[int], int, int, int], StepPlan]] = {
+    "taylor": taylor.placed,
+    "output": output.placed,
 }
 
 
@@ -92,4 +109,4 @@ def idle_run(policy: str, plan: StepPlan, full: Sequence[int]) -> str | None:
     return None
 
 
-__all__ = ["POLICIES", "StepPlan", "idle", "idle_run", "make_plan"]
+__all__ = ["PLACED", "POLICIES", "StepPlan", "idle", "idle_run", "make_plan"]

@@ -11,11 +11,10 @@ from numpy.typing import NDArray
 
 from ditcast import tensors
 from ditcast.bundle import Bundle
-from ditcast.cache import make_plan
+from ditcast.cache import PLACED, make_plan
 from ditcast.cache.guard import guarded
 from ditcast.cache.learned import routed
 from ditcast.cache.plan import StepPlan
-from ditcast.cache.taylor import placed
 from ditcast.manifest import REFERENCE, Manifest
 from ditcast.recipe import Recipe
 
@@ -73,7 +72,7 @@ def recipe_plan(manifest: Manifest) -> StepPlan:
     places = None if manifest.cache is None else manifest.cache.places
     if places is None:
         return plan_of(recipe, slots)
-    return placed(places, recipe.steps, slots, recipe.order)
+    return PLACED[recipe.cache](places, recipe.steps, slots, recipe.order)
 
 
 def guarding(manifest: Manifest) -> bool:

@@ -47,10 +47,11 @@ class StepPlan:
 
     `weights` is `(T, history, slots)` float32: at a reuse step of the form `forecast`, slot k is
     predicted as `sum_i weights[t, i, k] * Y_i[k]`, where `Y_0` is the newest full step's un-gated
-    output, `Y_1` the one before, and so on. Rows of full steps are zero and never read. Other
-    forms find their weights on the way, and only the length of the history counts. The form
-    `partial` has a `mask` (T, slots) bool instead: which slots each step computes, where the
-    others repeat what they gave last.
+    output, `Y_1` the one before, and so on; in the form `output` the network's output is predicted
+    so, with the weights of any slot. Rows of full steps are zero and never read. Other forms find
+    their weights on the way, and only the length of the history counts. The form `partial` has a
+    `mask` (T, slots) bool instead: which slots each step computes, where the others repeat what
+    they gave last.
 
     Raises:
         ConfigError: there is no step, the first is not full, or `weights` or `mask` do not fit.

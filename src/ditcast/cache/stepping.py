@@ -72,6 +72,10 @@ class Request(Protocol):
         """Float32 numbers, as the graphs take them."""
         ...
 
+    def keep(self, output: Array) -> Array:
+        """A copy that lasts."""
+        ...
+
     def rows(self, history: int, slots: int = 0) -> Array:
         """Zeros in the shape of one slot's output, (history, [slots,] N, *slot_shape)."""
         ...
@@ -202,6 +206,36 @@ class Residual(Stepper):
         return self.request.run("reuse", forecast=self.residual)["output"]
 
 
+class Output(Stepper):
+    """A reuse step is a weighted sum of the outputs of the last full steps."""
+
+    def __init__(self, plan: StepPlan, request: Request) -> None:
+        """Nothing is kept yet."""
+        super().__init__(plan, request)
+        self.outputs: list[Array] = []  # the newest first
+
+    def full(self, step: int) -> Array:
+        """The step; nothing of it serves later ones but its output."""
+        nothing = self.request.array(np.zeros((0, self.request.slots)))
+        found = self.request.run("full", ahead=self.request.features([]), weights=nothing)
+        self.outputs = [self.request.keep(found["output"]), *self.outputs][: self.plan.history]
+        return found["output"]
+
+    def reuse(self, step: int) -> Array:
+        """No graph runs."""
+        weights = self.request.array(self.plan.weights[step, :, 0])
+        found = weights[0] * self.outputs[0]
+        for weight, output in zip(weights[1:], self.outputs[1:], strict=False):
+            found = found + weight * output
+        return found
+
+    @staticmethod
+    def held(plan: StepPlan, slots: int) -> int:
+        """Outputs of the network are at most as large as a slot's."""
+        del slots
+        return plan.history
+
+
 class FirstBlock(Stepper):
     """The first block has run when the gate decides; its stream goes on from there."""
 
@@ -288,6 +322,7 @@ class Partial(Stepper):
 FORMS: dict[str, tuple[type[Stepper], tuple[str, ...]]] = {
     "forecast": (Forecasting, ("full", "reuse")),
     "residual": (Residual, ("full", "reuse")),
+    "output": (Output, ("full",)),
     "first-block": (FirstBlock, ("rest", "finish")),
     "extrapolate": (Extrapolated, ("observe", "extrapolate")),
     "relate": (Relational, ("observe", "relate")),

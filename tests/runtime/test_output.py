@@ -1,0 +1,161 @@
+"""The policy that predicts the network's output: both loops, all networks, placed full steps."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from torch import Tensor
+
+from ditcast.bundle import Bundle
+from ditcast.cache import make_plan
+from ditcast.calibrate.trajectory import sample
+from ditcast.export import to_onnx
+from ditcast.models import LoadedModel, load
+from ditcast.runtime import Pipeline, Step
+from ditcast.runtime.engineaudit import audit_engines
+from ditcast.runtime.engines import build_engines, profile_of
+from ditcast.schedule import from_config
+from tests.conftest import Cli, make_bundle
+from tests.runtime.test_trajectories import LABELS, LIMIT, SEED, largest
+from tests.unets import CLASSES, CONDITIONAL, loaded
+
+KEYS: dict[str, Any] = {"cache": "output", "steps": 10, "interval": 3}
+
+
+@pytest.fixture(scope="module")
+def made(tiny: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """W8A8, of order 2: outputs of three full steps are kept."""
+    return make_bundle(tiny, tmp_path_factory.mktemp("output") / "b", order=2, **KEYS)
+
+
+def test_both_loops_give_the_same_bits(made: Bundle) -> None:
+    """In both precisions and two batch sizes, with guidance and without."""
+    for target in ("onnxruntime", "reference"):
+        pipeline = Pipeline(made, target=target)
+        for labels, guidance in ((LABELS, 2.0), (LABELS[:1], 1.0)):
+            options = {"seed": SEED, "guidance": guidance}
+            host = pipeline.sample(labels, **options)
+            assert np.array_equal(pipeline.sample(labels, loop="graph", **options), host)
+
+
+@pytest.mark.parametrize("order", [0, 1, 4])
+def test_other_orders(tiny: LoadedModel, tmp_path: Path, order: int) -> None:
+    """From none of the older outputs to more of them than there are full steps."""
+    keys = KEYS | {"scheme": "none", "order": order}
+    pipeline = Pipeline(make_bundle(tiny, tmp_path / "b", **keys))
+    host = pipeline.sample(LABELS, seed=SEED)
+    np.testing.assert_array_equal(pipeline.sample(LABELS, seed=SEED, loop="graph"), host)
+
+
+def test_reuse_steps_run_no_graph(made: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A session is asked for as often as there are full steps, and once for the features."""
+    pipeline, asked, seen = Pipeline(made), list[str](), list[Step]()
+    session = pipeline.session
+
+    def watched(graph: str) -> Any:
+        asked.append(graph)
+        return session(graph)
+
+    monkeypatch.setattr(pipeline, "session", watched)
+    pipeline.sample(LABELS, callback=seen.append)
+    full = [step.index for step in seen if step.full]
+    assert full == [0, 1, 4, 7]
+    assert asked == ["temporal", *["full"] * len(full)]
+
+
+def test_the_torch_sampler_does_the_same(made: Bundle, tiny: LoadedModel) -> None:
+    """Calibration follows the plan that is deployed."""
+    pipeline = Pipeline(made, target="reference")
+    wanted = sample(
+        tiny.adapter,
+        from_config(tiny.scheduler),
+        sampler="ddim",
+        steps=10,
+        guidance=2.0,
+        seed=SEED,
+        indices=range(len(LABELS)),
+        labels=LABELS,
+        plan=pipeline.plan(),
+    )
+    found = pipeline.sample(LABELS, seed=SEED, guidance=2.0)
+    assert largest(found, wanted.numpy()) < LIMIT
+    assert largest(pipeline.sample(LABELS, seed=SEED, guidance=2.0, cache="none"), found) > LIMIT
+
+
+def test_every_bundle_can_run_it(shared_bundle: Bundle, cli: Cli, tmp_path: Path) -> None:
+    """It needs the full step only, in any number of steps."""
+    out = tmp_path / "out.npy"
+    command = ("sample", shared_bundle.path, "-o", out, "--labels", 0, "--steps", 12)
+    assert cli(*command, "--cache", "output", "--strict").code == 0
+
+
+def test_full_steps_are_placed(tiny: LoadedModel, tmp_path: Path) -> None:
+    """Where calibration finds them, in both loops."""
+    keys = KEYS | {"interval": 4, "placement": "fitted", "scheme": "none"}
+    bundle = make_bundle(tiny, tmp_path / "b", **keys)
+    assert bundle.manifest.cache is not None
+    pipeline, seen = Pipeline(bundle), list[Step]()
+    host = pipeline.sample(LABELS, seed=SEED, callback=seen.append)
+    assert tuple(step.index for step in seen if step.full) == bundle.manifest.cache.places
+    assert pipeline.plan().form == "output"
+    np.testing.assert_array_equal(pipeline.sample(LABELS, seed=SEED, loop="graph"), host)
+
+
+def test_a_unet_is_forecast_too(tmp_path: Path) -> None:
+    """Nothing is asked of the network but its output."""
+    model = loaded(tmp_path / "model", CLASSES, **CONDITIONAL)
+    pipeline = Pipeline(make_bundle(model, tmp_path / "b", **KEYS, guidance=1.0))
+    host = pipeline.sample([0, 1], seed=SEED)
+    np.testing.assert_array_equal(pipeline.sample([0, 1], seed=SEED, loop="graph"), host)
+
+
+@pytest.mark.tensorrt
+def test_the_loop_becomes_an_engine(
+    made: Bundle, tiny: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Outputs of full steps are carried inside it; no step has forecasts to sum up."""
+    pytest.importorskip("tensorrt_rtx")
+    from ditcast.runtime.backends.tensorrt import EngineBuilder
+
+    monkeypatch.setenv("DITCAST_KEY", str(tmp_path / "engine.key"))
+    path = tmp_path / "b"
+    shutil.copytree(made.path, path)
+    to_onnx(Bundle.open(path), tiny, ["tensorrt"])
+    bundle = Bundle.open(path)
+    assert profile_of(bundle.manifest, "full")["weights"] == {0: (0, 0, 0)}
+    build_engines(bundle, EngineBuilder("tensorrt-rtx", ("8.9",)), ["full", "sampler"])
+    for loop, graph in (("host", "full"), ("graph", "sampler")):
+        (found,) = audit_engines(Bundle.open(path), "tensorrt-rtx", loop)
+        assert (found.graph, found.lost, len(found.layers)) == (graph, (), 8)
+
+
+def test_it_is_closer_than_repeated_slots() -> None:
+    """The embedded model, 14 full steps of 50: measured 38, 30 and 24 dB (docs/caching.md)."""
+    emoji, labels = load("emoji"), [0, 3, 5]
+
+    def samples(policy: str, order: int) -> Tensor:
+        return sample(
+            emoji.adapter,
+            from_config(emoji.scheduler),
+            sampler="ddim",
+            steps=50,
+            guidance=2.0,
+            seed=SEED,
+            indices=range(len(labels)),
+            labels=labels,
+            plan=make_plan(
+                policy, steps=50, interval=4, slots=len(emoji.adapter.slots), order=order
+            ),
+        ).clamp(-1, 1)
+
+    wanted = samples("none", 0)
+    output, repeated, slots = (
+        10 * float((4 / (samples(policy, order) - wanted).square().mean()).log10())
+        for policy, order in (("output", 2), ("output", 0), ("fora", 0))
+    )
+    assert output > repeated + 4
+    assert repeated > slots + 2
