@@ -257,7 +257,7 @@ def magnitude_map(largest: Magnitudes, representable: Magnitudes) -> Chart:
 def _of_map(rows: int) -> Chart:
     """The layout of a heat map over the steps with so many rows, the first one on top."""
     layout = _layout("step", "") | {"height": max(220, min(900, 90 + 18 * rows))}
-    layout["yaxis"] |= {"autorange": "reversed", "type": "category"}
+    layout["yaxis"] |= {"range": [rows - 0.5, -0.5], "type": "category"}
     return layout
 
 
