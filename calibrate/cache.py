@@ -8,6 +8,7 @@ from ditcast.cache.fitted import Fitted, Table, plan_of, recipe_plan
 from ditcast.cache.guard import held_back
 from ditcast.cache.stepping import graphs
 from ditcast.calibrate import correction, noise, placement, qparams, router, threshold
+from ditcast.calibrate.clock import Clock
 from ditcast.calibrate.qparams import QParams
 from ditcast.calibrate.simulate import quantized
 from ditcast.errors import ConfigError
@@ -38,7 +39,7 @@ def check(model: LoadedModel, recipe: Recipe) -> None:
         router.load(model, recipe)
 
 
-def fit(bundle: Bundle, model: LoadedModel) -> None:
+def fit(bundle: Bundle, model: LoadedModel, clock: Clock) -> None:
     """Fit what the recipe asks for to the quantized network under its plan, and commit it.
 
     Does nothing where it is there, or where there is nothing to fit.
@@ -50,6 +51,7 @@ def fit(bundle: Bundle, model: LoadedModel) -> None:
     places = None
     if recipe.placement == "fitted":
         places = placement.fit(model, recipe, plan_of(recipe, len(model.adapter.slots)))
+        clock.lap("cache: placement")
     section = CacheFit(made_from=manifest.fingerprint(), file=FILE, places=places)
     manifest = manifest.model_copy(update={"cache": section})
     plan = recipe_plan(manifest)
@@ -63,15 +65,19 @@ def fit(bundle: Bundle, model: LoadedModel) -> None:
                 assert reference.threshold is not None
                 start = float(reference.threshold)
                 found, full_steps = threshold.tune(model, recipe, plan, "quantized", start)
+        clock.lap("cache: threshold")
     if plan.mask is not None:
         found = reference = Fitted(router=_router(model, recipe, scales))
+        clock.lap("cache: router")
     if fitted.guarding(manifest):
         say("cache: measuring what forecasts of quantized outputs are worth")
         found = Fitted(*noise.measure(model, recipe, scales, plan))
+        clock.lap("cache: noise guard")
     safe = found.plan(manifest)
     if recipe.correction != "none":
         gain, offset = correction.fit(model, recipe, scales, safe)
         found = found._replace(gain=gain, offset=offset)
+        clock.lap("cache: correction")
     fitted.save(found, reference, bundle.staged(FILE))
     forecasts = (
         int((~plan.full).sum()) * len(model.adapter.slots) if found.forecast is not None else 0

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from ditcast.calibrate.ranges import SHRINK_STEPS
+from ditcast.recipe import E4M3_TOP
 
 WEIGHT_POWER = 2.4  # error exponent of the weight search (TFMQ-DM code)
-E4M3_TOP = 448  # largest number of float8 e4m3, which has no infinity
 SMALLEST = 1e-12  # a range is never empty, even where a layer sees only zeros
 
 

@@ -33,6 +33,7 @@ class Watch(NamedTuple):
 
 
 States = dict[str, list[State]]  # of each watch: one state, or one per step
+PEAKS = "peaks"  # in the file of a pass, beside the states
 
 
 def draw_labels(recipe: Recipe, num_classes: int) -> list[int]:
@@ -42,10 +43,18 @@ def draw_labels(recipe: Recipe, num_classes: int) -> list[int]:
     return [pool[int(i)] for i in rng.integers(0, len(pool), recipe.samples)]
 
 
-def collect(bundle: Bundle, model: LoadedModel, name: str, watches: Sequence[Watch]) -> States:
-    """The states of all watches after the recipe's trajectories.
+def collect(
+    bundle: Bundle,
+    model: LoadedModel,
+    name: str,
+    watches: Sequence[Watch],
+    after_batch: Callable[[], None] = lambda: None,
+) -> tuple[States, State]:
+    """The states of all watches after the recipe's trajectories, and how large inputs were.
 
-    An interrupted pass is taken up after its last whole batch; `name` is that of its file. Where
+    The latter is the largest magnitude (T,) of the input of every layer of the network, watched or
+    not, at each step; 0 where it did not run. An interrupted pass is taken up after its last whole
+    batch; `name` is that of its file, and `after_batch` is called whenever it is written. Where
     the trajectories follow a cache's plan, a layer that reuse steps do not run has the state of
     the full step before them there.
 
@@ -59,16 +68,17 @@ def collect(bundle: Bundle, model: LoadedModel, name: str, watches: Sequence[Wat
     states: States = {
         w.name: [{} for _ in range(recipe.steps if w.stepwise else 1)] for w in watches
     }
-    done = resume(progress, fingerprint, states)
+    layers = model.adapter.layers()
+    peaks = {layer: torch.zeros(recipe.steps) for layer in layers}
+    done = resume(progress, fingerprint, states | {PEAKS: [peaks]})
     labels = draw_labels(recipe, model.adapter.num_classes)
     batches = range(done, recipe.samples, recipe.batch)
-    layers = model.adapter.layers()
     if done:
         say(f"calibrating: resuming after {done} of {recipe.samples} trajectories")
     with counting("calibrating", len(batches) * recipe.steps) as advance:
         for first in batches:
             last = min(first + recipe.batch, recipe.samples)
-            with _watching(watches, states, layers, advance) as callback:
+            with _watching(watches, states, layers, peaks, advance) as callback:
                 indices = range(first, last)
                 follow(
                     model,
@@ -83,11 +93,12 @@ def collect(bundle: Bundle, model: LoadedModel, name: str, watches: Sequence[Wat
                 states[watch.name] = [
                     watch.observer.end_batch(s) if s else s for s in states[watch.name]
                 ]
-            keep(progress, fingerprint, states, last)
+            keep(progress, fingerprint, states | {PEAKS: [peaks]}, last)
+            after_batch()
     for watch in watches:
         for step, state in enumerate(states[watch.name]):  # a reuse step takes the one before
             states[watch.name][step] = state or states[watch.name][step - 1]
-    return states
+    return states, peaks
 
 
 def followed(bundle: Bundle) -> StepPlan:
@@ -105,12 +116,13 @@ def _watching(
     watches: Sequence[Watch],
     states: States,
     layers: Mapping[str, nn.Module],
+    peaks: State,
     advance: Callable[[], None],
 ) -> Iterator[Callable[[int, bool], None]]:
     """While active, every input goes to its observer; yields the step callback.
 
     The inputs of all layers are looked through, so that the first one with NaN or Inf is named,
-    whichever the pass is about.
+    whichever the pass is about; what is looked for, their largest magnitude, goes to `peaks`.
     """
     current = 0
 
@@ -123,7 +135,10 @@ def _watching(
     def check_of(name: str) -> torch.utils.hooks.RemovableHandle:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             del module
-            check_finite(args[0], f"the input of layer {name}", current)
+            low, high = args[0].aminmax()  # of NaN both are NaN
+            largest = torch.maximum(-low, high)
+            check_finite(largest, f"the input of layer {name}", current)
+            peaks[name][current] = torch.maximum(peaks[name][current], largest)
 
         return layers[name].register_forward_pre_hook(hook)
 
@@ -193,6 +208,9 @@ def resume(path: Path, fingerprint: str, states: States) -> int:
         raise BundleError(
             f"calibration: {path} is of another model or recipe; remove it to start afresh"
         )
+    if missing := sorted(states.keys() - {key.split("|")[0] for key in flat}):
+        say(f"calibrating: starting afresh, what an interrupted run left has no {missing[0]}")
+        return 0
     for key, array in flat.items():
         name, i, field = key.split("|")
         states[name][int(i)][field] = torch.from_numpy(array)

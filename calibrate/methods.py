@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from ditcast.calibrate.codes import E4M3_TOP, SMALLEST, e4m3_scale, levels, weight_scale
+from ditcast.calibrate.codes import SMALLEST, e4m3_scale, weight_scale
 from ditcast.calibrate.qparams import LayerScales
 from ditcast.calibrate.ranges import OBSERVERS, State
 from ditcast.models.base import Layer
@@ -43,7 +43,7 @@ class Method(NamedTuple):
 
     def input_scale(self, state: State, percentile: float, bits: Bits) -> float:
         """The scale of inputs that the observer has seen; not zero where they were all zeros."""
-        top = E4M3_TOP if bits.e4m3 else levels(bits.activation)
+        top = bits.input_top()
         return max(OBSERVERS[self.observer].bound(state, percentile, top), SMALLEST) / top
 
 

@@ -29,7 +29,9 @@ class LayerScales:
     `weight` is (O,) per output channel, or (O, G) per group of inputs. `codes` (O, I) int8 are
     the weight's where they were learned; None is to the nearest. `activation` is the
     input's scale, () or one per bin (B,); `zero_point` its codes of zero, in the signed range;
-    both are None where the input stays in float.
+    both are None where the input stays in float. `peak` (T,) is the largest magnitude of the
+    input at each of the recipe's steps, noisiest first, 0 where the layer did not run: for the
+    report, nothing is computed with it.
     """
 
     bits: Bits
@@ -37,6 +39,7 @@ class LayerScales:
     codes: Tensor | None = None
     activation: Tensor | None = None
     zero_point: Tensor | None = None
+    peak: Tensor | None = None
 
     def weight_codes(self, weight: Tensor) -> Tensor:
         """The codes (O, I) of the layer's weight, as float32."""
@@ -130,7 +133,7 @@ def _summary(names: Sequence[str]) -> str:
 
 
 # Sections of the file are `layers|NAME|field`, `balance|NAME`, `outputs|field`, `stored|field`.
-_LAYER = ("weight", "activation", "zero_point")
+_LAYER = ("weight", "activation", "zero_point", "peak")
 _STORED = ("timesteps", "labels", "codes", "scale", "zero_point", "module")
 
 
@@ -195,7 +198,7 @@ def _layer(found: dict[str, Tensor], prefix: str) -> LayerScales:
     if codes is not None:
         inputs = int(found[f"{prefix}inputs"])
         codes = torch.from_numpy(_unpacked(codes.numpy(), bits.weight, inputs))
-    weight, activation, zero_point = (found.get(prefix + key) for key in _LAYER)
+    weight, activation, zero_point, peak = (found.get(prefix + key) for key in _LAYER)
     assert weight is not None
     return LayerScales(
         bits=bits,
@@ -203,6 +206,7 @@ def _layer(found: dict[str, Tensor], prefix: str) -> LayerScales:
         codes=codes,
         activation=activation,
         zero_point=zero_point,
+        peak=peak,
     )
 
 

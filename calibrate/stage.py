@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from ditcast.bundle import Bundle
 from ditcast.calibrate import cache, features, qparams, tap, tib
 from ditcast.calibrate.balance import balanced_layers, factors
 from ditcast.calibrate.blocks import Rows, Walk
+from ditcast.calibrate.clock import Clock
 from ditcast.calibrate.collect import (
     States,
     Watch,
@@ -24,7 +26,7 @@ from ditcast.calibrate.collect import (
 )
 from ditcast.calibrate.methods import METHODS
 from ditcast.calibrate.qparams import LayerScales, QParams
-from ditcast.calibrate.ranges import CHANNELS, INPUTS, OBSERVERS
+from ditcast.calibrate.ranges import CHANNELS, INPUTS, OBSERVERS, State
 from ditcast.calibrate.simulate import quantized
 from ditcast.errors import ConfigError
 from ditcast.manifest import Layer as LayerEntry
@@ -37,10 +39,16 @@ from ditcast.sampling import check_guidance, coefficients, row_labels
 from ditcast.schedule import from_config
 
 SCALES = "calibration/scales.safetensors"
+# What is timed, besides the parts of the cache's fit.
+TRAJECTORIES, TIB, STORED = "trajectories and ranges", "TIB", "stored features"
+BLOCKS = "reconstruction of blocks"
 
 
-def calibrate(bundle: Bundle, model: LoadedModel) -> None:
+def calibrate(bundle: Bundle, model: LoadedModel) -> dict[str, float]:
     """Find all that the bundle's recipe asks for: scales, and what the cache's plan needs.
+
+    Returns the seconds that each part took, with those of interrupted runs as far as their work
+    was taken up; nothing where there was nothing left to find.
 
     Raises:
         ConfigError: a recipe that does not fit the model, NaN or Inf in a trajectory or in the
@@ -48,11 +56,14 @@ def calibrate(bundle: Bundle, model: LoadedModel) -> None:
         BundleError: an interrupted calibration of something else, another process that writes to
             the bundle, or a full disk.
     """
-    _quantize(bundle, model)
-    cache.fit(bundle, model)
+    clock = Clock(bundle)
+    _quantize(bundle, model, clock)
+    cache.fit(bundle, model, clock)
+    clock.clear()
+    return clock.seconds
 
 
-def _quantize(bundle: Bundle, model: LoadedModel) -> None:
+def _quantize(bundle: Bundle, model: LoadedModel, clock: Clock) -> None:
     """Quantize by the bundle's recipe and commit what was found; does nothing where it is there.
 
     An interrupted run is taken up after its last whole batch of trajectories, the reconstructed
@@ -66,7 +77,7 @@ def _quantize(bundle: Bundle, model: LoadedModel) -> None:
         bundle.clear("calibration")  # a run may have been killed just before it did this
         return
     with torch.no_grad():
-        found = _Calibration(bundle, model, chosen).run()
+        found = _Calibration(bundle, model, chosen, clock).run()
     qparams.save(found, bundle.staged(SCALES))
     adapter = model.adapter
     layers = adapter.layers() | adapter.temporal_linears()
@@ -147,12 +158,15 @@ def _shape(layer: Layer) -> tuple[int, int]:
 class _Calibration:
     """One calibration in the order of its stages."""
 
-    def __init__(self, bundle: Bundle, model: LoadedModel, chosen: dict[str, Bits]) -> None:
-        self.bundle, self.model, self.chosen = bundle, model, chosen
+    def __init__(
+        self, bundle: Bundle, model: LoadedModel, chosen: dict[str, Bits], clock: Clock
+    ) -> None:
+        self.bundle, self.model, self.chosen, self.clock = bundle, model, chosen, clock
         self.adapter, self.recipe = model.adapter, bundle.manifest.recipe
         self.method = METHODS[self.recipe.method]
         steps = from_config(model.scheduler).timesteps(self.recipe.steps)
         self.timesteps = torch.from_numpy(steps).float()  # (T,), noisiest first
+        self.peaks: State = {}  # of every layer of the network, (T,)
 
     def run(self) -> QParams:
         """Balancing, then the TIB, then the blocks behind it."""
@@ -160,14 +174,18 @@ class _Calibration:
         found = QParams(balance=self._balance(), edges=self._edges())
         if recipe.temporal in ("tib", "select"):
             found = self._tib(found, self._start(self.adapter.temporal_linears()))
+            self.clock.lap(TIB)
         if recipe.temporal in ("cache", "select"):
             found = self._store(found)
+            self.clock.lap(STORED)
         layers = self._blocks(found) if self.method.reconstruct else self._ranges(found)
-        found = replace(found, layers=found.layers | layers)
+        found = replace(found, layers=found.layers | self._peaked(layers))
+        self.clock.lap(BLOCKS if self.method.reconstruct else TRAJECTORIES)
         if recipe.temporal == "naive":  # what no part has reconstructed is to the nearest
             scales = self._start(self.adapter.temporal_linears())
             scales |= {name: found.layers[name] for name in scales if name in found.layers}
             found = self._tib_ranges(found, scales)
+            self.clock.lap(TIB)
         return found
 
     def _edges(self) -> Tensor:
@@ -191,10 +209,29 @@ class _Calibration:
             return {}
         names = [name for name in balanced_layers(self.adapter) if name in self.chosen]
         watches = [Watch(name, layers[name], CHANNELS, stepwise=True) for name in names]
-        states = collect(self.bundle, self.model, "channels", watches)
+        states = self._collect("channels", watches)
+        found = {}
+        for name in names:
+            largest = torch.stack([state["channels"] for state in states[name]])  # (T, I)
+            found[name] = factors(kind, layers[name], largest)
+            ran = self.peaks[name] > 0
+            self.peaks[name] = torch.where(ran, (largest * found[name]).amax(dim=1), 0)
+        return found
+
+    def _collect(self, name: str, watches: Sequence[Watch]) -> States:
+        """A pass over the trajectories; the first one has the peaks, which balancing changes."""
+        lap = partial(self.clock.lap, TRAJECTORIES)
+        states, peaks = collect(self.bundle, self.model, name, watches, lap)
+        self.peaks = self.peaks or peaks
+        return states
+
+    def _peaked(self, layers: dict[str, LayerScales]) -> dict[str, LayerScales]:
+        """The layers with the peaks of those inputs that are rounded."""
         return {
-            name: factors(kind, layers[name], torch.stack([s["channels"] for s in states[name]]))
-            for name in names
+            name: held
+            if held.activation is None or name.startswith(TEMPORAL)
+            else replace(held, peak=self.peaks[name])
+            for name, held in layers.items()
         }
 
     def _tib(self, found: QParams, scales: dict[str, LayerScales]) -> QParams:
@@ -225,6 +262,7 @@ class _Calibration:
                 assert held.codes is not None
                 states[name][0]["codes"] = held.codes
             keep(file, fingerprint, states, done=1)
+            self.clock.lap(TIB)
         return {
             name: replace(held, codes=states[name][0]["codes"]) for name, held in scales.items()
         }
@@ -263,7 +301,7 @@ class _Calibration:
             scales = self._start(layers)
             names = [name for name in scales if scales[name].bits.activation < 16]
             watches = [Watch(name, layers[name], observer, stepwise) for name in names]
-            states = collect(self.bundle, self.model, "states", watches) if watches else {}
+            states = self._collect("states", watches) if watches else {}
         for name in names:
             wide = scales[name].bits
             values = torch.tensor(
@@ -282,13 +320,18 @@ class _Calibration:
         walk = Walk(self.adapter, self.recipe, found, self._rows(found.edges), bits)
         folder = self.bundle.scratch("calibration")
         with counting("reconstructing", len(self.adapter.parts)) as advance:
-            return walk.run(folder, advance)
+
+            def next_part() -> None:
+                advance()
+                self.clock.lap(BLOCKS)
+
+            return walk.run(folder, next_part)
 
     def _rows(self, edges: Tensor) -> Rows:
         """Rows of all full steps, equally many of each or by TAP, in the order of steps."""
         recipe, adapter = self.recipe, self.adapter
         watch = Watch("stem", adapter.stem, INPUTS, stepwise=True)
-        states = collect(self.bundle, self.model, "inputs", [watch])["stem"]
+        states = self._collect("inputs", [watch])["stem"]
         inputs = torch.stack([state["inputs"] for state in states])  # (T, rows, C, H, W)
         labels = torch.tensor(_row_labels(recipe, adapter))
         computed = torch.from_numpy(followed(self.bundle).full).nonzero().flatten()

@@ -84,37 +84,48 @@ def ranges(
     """Ranges of the inputs of the TIB's Linears and of its outputs, by minimum and maximum.
 
     `bins` are the timesteps of each bin, ascending: one bin holds all of them, or each has its
-    own (finite set calibration). They are measured with the weights rounded. Outputs have the
-    bits of the narrowest input; None where all inputs stay in float. The papers' figures round
-    them, the released code does not: recipe key `tib_outputs`.
+    own (finite set calibration). They are measured with the weights rounded, and so are the peaks
+    of the inputs at each timestep. Outputs have the bits of the narrowest input; None where all
+    inputs stay in float. The papers' figures round them, the released code does not: recipe key
+    `tib_outputs`.
     """
     bits = {name: held.bits.activation for name, held in scales.items()}
     bits[OUTPUTS] = min(bits.values(), default=16)
     if bits[OUTPUTS] == 16:
         return scales, None
-    seen: dict[str, list[Tensor]] = {name: [] for name in [*scales, OUTPUTS]}
-    with rounded(adapter, scales) as layers:
-        for timesteps in bins:
-            now: dict[str, list[Tensor]] = {name: [] for name in seen}
-            with _watching(layers, now):
-                for t in timesteps:
-                    features = adapter.temporal.own(t[None], labels)[0]
-                    vectors = [_range(features[:, c]) for c in vector_slices(adapter.parts)]
-                    now[OUTPUTS].append(torch.stack(vectors, dim=-1))  # (2, V)
-            for name, found in now.items():
-                low, high = torch.stack(found).unbind(dim=1)
-                seen[name].append(torch.stack([low.amin(dim=0), high.amax(dim=0)]))
-    pairs = {}
-    for name, of in seen.items():
-        low, high = torch.stack(of).unbind(dim=1)
-        pairs[name] = affine(low, high, bits[name])
+    ranges, sizes = _of_timesteps(adapter, scales, torch.cat(bins), labels), list(map(len, bins))
+    pairs, peaks = {}, {}
+    for name, (low, high) in ranges.items():
+        lows = torch.stack([values.amin(dim=0) for values in low.split(sizes)])
+        highs = torch.stack([values.amax(dim=0) for values in high.split(sizes)])
+        pairs[name] = affine(lows, highs, bits[name])
+        peaks[name] = torch.maximum(-low, high).flip(0)  # noisiest first
     measured = {
-        name: replace(held, activation=pairs[name][0], zero_point=pairs[name][1])
+        name: replace(held, activation=pairs[name][0], zero_point=pairs[name][1], peak=peaks[name])
         if bits[name] < 16
         else held
         for name, held in scales.items()
     }
     return measured, OutputScales(pairs[OUTPUTS][0], pairs[OUTPUTS][1], bits[OUTPUTS])
+
+
+def _of_timesteps(
+    adapter: Adapter, scales: Scales, timesteps: Tensor, labels: Tensor
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Minimum and maximum (T,) of the inputs at each timestep, and (T, V) of the outputs."""
+    seen: dict[str, list[Tensor]] = {name: [] for name in [*scales, OUTPUTS]}
+    with rounded(adapter, scales) as layers:
+        for t in timesteps:
+            now: dict[str, list[Tensor]] = {name: [] for name in scales}
+            with _watching(layers, now):
+                features = adapter.temporal.own(t[None], labels)[0]
+            vectors = [_range(features[:, c]) for c in vector_slices(adapter.parts)]
+            now[OUTPUTS] = [torch.stack(vectors, dim=-1)]  # (2, V)
+            for name, found in now.items():
+                low, high = torch.stack(found).unbind(dim=1)
+                seen[name].append(torch.stack([low.amin(dim=0), high.amax(dim=0)]))
+    pairs = {name: torch.stack(of).unbind(dim=1) for name, of in seen.items()}
+    return {name: (low, high) for name, (low, high) in pairs.items()}
 
 
 def _range(x: Tensor) -> Tensor:

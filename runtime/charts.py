@@ -24,7 +24,9 @@ SOURCES: Kinds = {  # where a vector of temporal features comes from
     STORED: ("stored", "#c9ced6"),
 }
 HEIGHT = 420  # CSS pixels
+CLIPPED = 1.01  # times what can be represented: more than rounding
 Chart = dict[str, Any]
+Magnitudes = dict[str, list[float]]
 
 
 def html(figure: Chart, name: str, title: str) -> str:
@@ -160,9 +162,7 @@ def kind_map(rows: list[str], names: list[str], kinds: Kinds, timesteps: list[in
         "ygap": 1,
         "showscale": False,
     }
-    layout = _layout("step", "") | {"height": max(220, min(900, 90 + 18 * len(rows)))}
-    layout["yaxis"] |= {"autorange": "reversed", "type": "category"}
-    return {"data": [data], "layout": layout}
+    return {"data": [data], "layout": _of_map(len(rows))}
 
 
 def key_of(rows: list[str] | None, kinds: Kinds) -> list[tuple[str, str, int]]:
@@ -209,9 +209,56 @@ def ratio_map(found: list[list[float]], reference: list[list[float]], names: lis
         "%{z:.3g} times<extra></extra>",
         "colorbar": {"thickness": 12, "outlinewidth": 0},
     }
-    layout = _layout("step", "") | {"height": max(220, min(900, 90 + 18 * len(names)))}
-    layout["yaxis"] |= {"autorange": "reversed", "type": "category"}
-    return {"data": [data], "layout": layout}
+    return {"data": [data], "layout": _of_map(len(names))}
+
+
+def magnitude_map(largest: Magnitudes, representable: Magnitudes) -> Chart:
+    """The largest input of each layer at each step, over that of all its steps, as a heat map.
+
+    Where it is 0 there is nothing to draw. A mark is on what lies clearly above the largest number
+    that the input's scale can represent there.
+    """
+    pairs = {
+        name: list(zip(row, representable[name], strict=True)) for name, row in largest.items()
+    }
+    clipped = [
+        (step, _text(name))
+        for name, row in pairs.items()
+        for step, (value, limit) in enumerate(row)
+        if value > CLIPPED * limit
+    ]
+    data = {
+        "type": "heatmap",
+        "z": [
+            [float(f"{value / max(row):.3g}") if value else None for value in row]
+            for row in largest.values()
+        ],
+        "x": list(range(len(next(iter(largest.values()))))),
+        "y": list(map(_text, largest)),
+        "zmin": 0,
+        "zmax": 1,
+        "colorscale": [[0, SLOTS[REUSED][1]], [0.5, SLOTS[FORECAST][1]], [1, SLOTS[FULL][1]]],
+        "customdata": list(pairs.values()),
+        "hovertemplate": "%{y}<br>step %{x}: %{customdata[0]:.4g}, %{z:.3g} of the layer's largest"
+        "<br>representable: %{customdata[1]:.4g}<extra></extra>",
+        "colorbar": {"thickness": 12, "outlinewidth": 0},
+    }
+    marks = {
+        "type": "scatter",
+        "mode": "markers",
+        "x": [step for step, _ in clipped],
+        "y": [name for _, name in clipped],
+        "marker": {"size": 5, "color": SLOTS[HELD][1]},
+        "hoverinfo": "skip",
+    }
+    return {"data": [data, marks], "layout": _of_map(len(largest))}
+
+
+def _of_map(rows: int) -> Chart:
+    """The layout of a heat map over the steps with so many rows, the first one on top."""
+    layout = _layout("step", "") | {"height": max(220, min(900, 90 + 18 * rows))}
+    layout["yaxis"] |= {"range": [rows - 0.5, -0.5], "type": "category"}
+    return layout
 
 
 def _layout(across: str, up: str) -> Chart:

@@ -56,14 +56,15 @@ class Limits:
         return [name for name, limit in given.items() if limit is not None]
 
 
-def judge(bundle: Bundle, limits: Limits, baseline: Values | None = None) -> list[Check]:
-    """Every check of a bundle's own figures; nothing is measured.
+def judge(
+    bundle: Bundle, found: Values, limits: Limits, baseline: Values | None = None
+) -> list[Check]:
+    """Every check of the figures that `kept.figures` has found in a bundle; nothing is measured.
 
     Raises:
         BundleError: a figure is missing; the message names the command that makes it.
         ConfigError: a limit or a baseline that these figures cannot be held to.
     """
-    found = kept.figures(bundle)
     made = gains(found["variants"])
     if not made:
         raise ConfigError(

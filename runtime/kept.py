@@ -97,6 +97,12 @@ class _Both(_Part):
     samples: int
 
 
+class _Inputs(_Part):
+    timesteps: list[int]
+    largest: dict[str, list[float]]
+    representable: dict[str, list[float]]
+
+
 class _Steps(_Part):
     timesteps: list[int]
     slots: list[str]
@@ -105,6 +111,7 @@ class _Steps(_Part):
     feature_cosine: list[float] | None = None
     forecast_error: list[list[float]] | None
     reuse_error: list[list[float]] | None
+    inputs: _Inputs | None = None
     ranges: dict[str, list[float]]
     selection: list[Annotated[str, Field(pattern="^[mc]+$")]] | None
 
@@ -121,6 +128,7 @@ class _Basis(_Part):
 class _Stage(_Part):
     seconds: float
     peak_memory_mib: float
+    parts: dict[str, float] = {}
 
 
 class _Figures(_Part):

@@ -24,6 +24,7 @@ PLOTS = {  # what each shows
     "cosine": "Plot of the cosine of temporal features at each step",
     "plan": "Map of what every slot does at every step",
     "forecast": "Map of what the noise guard compares",
+    "inputs": "Map of the largest input of every quantized layer at each step",
     "ranges": "Plot of input scales at each step",
     "selection": "Map of where temporal features come from",
 }
@@ -68,6 +69,7 @@ def render(
         plotly=charts.library(plots.values()),
         slot_key=charts.key_of(figures["steps"]["plan"], charts.SLOTS),
         forecasts=FORECAST in "".join(figures["steps"]["plan"] or []),
+        inputs=sections.inputs(figures["steps"].get("inputs")),
         source=sections.SOURCES[recipe.temporal],
         source_key=charts.key_of(figures["steps"]["selection"], charts.SOURCES),
         audit=None if audit is None else sections.audited(audit),
@@ -152,6 +154,8 @@ def _plots(figures: Values, colours: dict[str, str]) -> dict[str, str]:
         found["forecast"] = charts.ratio_map(
             steps["forecast_error"], steps["reuse_error"], steps["slots"]
         )
+    if inputs := (steps.get("inputs") or {}).get("largest"):
+        found["inputs"] = charts.magnitude_map(inputs, steps["inputs"]["representable"])
     if steps["ranges"]:
         ranges = _widest(steps["ranges"])
         own = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(ranges)}

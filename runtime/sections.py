@@ -15,7 +15,7 @@ from PIL import Image
 from ditcast.bundle import Bundle
 from ditcast.manifest import REFERENCE
 from ditcast.recipe import TEMPORAL, Recipe
-from ditcast.runtime import images
+from ditcast.runtime import charts, images
 from ditcast.runtime.backends import ENGINES
 from ditcast.runtime.images import Pixels
 from ditcast.runtime.verdict import gains
@@ -79,6 +79,35 @@ def factors(figures: Values) -> list[Values]:
     names = ("full precision", "quantization only", "cache only", "both")
     rows = [figures["variants"][0], *made[:3]]
     return [{"title": title, "row": row} for title, row in zip(names, rows, strict=True)]
+
+
+def inputs(found: Values | None) -> str:
+    """Which input moves the most between the steps of calibration, and how many are clipped."""
+    if found is None:
+        return (
+            "It was not recorded when this bundle was calibrated or measured, as earlier versions "
+            "do not; another one of the same recipe has it."
+        )
+    if not found["largest"]:
+        return "Every input stays in float."
+    ran = {name: [value for value in row if value] for name, row in found["largest"].items()}
+    moves = {name: max(row) / min(row) for name, row in ran.items() if row}
+    name = max(moves, key=moves.__getitem__, default="")
+    if not name:
+        return "Every input is zero."
+    high, low = (found["largest"][name].index(end(ran[name])) for end in (max, min))
+    ratios = [
+        value / limit
+        for name, limits in found["representable"].items()
+        for value, limit in zip(found["largest"][name], limits, strict=True)
+        if value
+    ]
+    clipped = sum(ratio > charts.CLIPPED for ratio in ratios)
+    return (
+        f"{name} moves the most: its largest input is {moves[name]:.3g} times as large at step "
+        f"{high} as at step {low}. {clipped} of {len(ratios)} are clearly above what their scale "
+        f"can represent; the farthest is {max(ratios):.3g} times that."
+    )
 
 
 def audited(audit: Values) -> Values:

@@ -12,13 +12,16 @@ from ditcast import tensors
 from ditcast.bundle import Bundle
 from ditcast.cache import StepPlan
 from ditcast.cache.fitted import Fitted, recipe_plan
+from ditcast.recipe import Bits
 from ditcast.runtime.images import PSNR_CAP
 from ditcast.runtime.pipeline import Pipeline
 
 FULL, REUSED, FORECAST, HELD = "f", "r", "p", "h"  # computed, reused, predicted, held back
 MODULE, STORED = "m", "c"  # temporal features: by the quantized module, stored
+OF_INPUTS = ("|activation", "|zero_point", "|bits", "|peak")  # ends of names in the scales' file
 
 Samples = NDArray[np.float32]
+Tensors = dict[str, NDArray[Any]]
 
 
 def describe(
@@ -48,7 +51,7 @@ def describe(
         "closeness_db": errors,
         "forecast_error": _table(fitted.forecast),
         "reuse_error": _table(fitted.reuse),
-        **_calibrated(bundle, timesteps),
+        **_calibrated(bundle, timesteps, pipeline.schedule.timesteps(pipeline.recipe.steps)),
     }
 
 
@@ -117,31 +120,63 @@ def _table(values: NDArray[np.float32] | None) -> list[list[float]] | None:
     """A table (T, slots) with four digits, slots first."""
     if values is None:
         return None
-    return [[float(f"{value:.4g}") for value in column] for column in values.T]
+    return [_rounded(column) for column in values.T]
 
 
-def _varies(name: str) -> bool:
-    """Whether a tensor of calibration may have a value per step."""
-    return name in ("edges", "stored|module") or name.endswith("|activation")
+def _wanted(name: str) -> bool:
+    """Whether a tensor of calibration is of a layer's input, or may have a value per step."""
+    of_input = name.startswith("layers|") and name.endswith(OF_INPUTS)
+    return of_input or name in ("edges", "stored|module")
 
 
-def _calibrated(bundle: Bundle, timesteps: NDArray[np.int64]) -> dict[str, Any]:
-    """Input scales that differ from step to step, and where temporal features come from.
+def _calibrated(
+    bundle: Bundle, timesteps: NDArray[np.int64], own: NDArray[np.int64]
+) -> dict[str, Any]:
+    """How large inputs are, their scales where these differ from step to step, and the selection.
 
-    A letter of the selection says whether the vectors of a part are computed by its module (m) or
-    stored (c), one text per part.
+    `own` are the timesteps of calibration. A letter of the selection says whether the vectors of a
+    part of the temporal features are computed by its module (m) or stored (c), one text per part.
     """
     section = bundle.manifest.quantization
-    ranges: dict[str, list[float]] = {}
+    if section is None:
+        return {"inputs": None, "ranges": {}, "selection": None}
+    found, _ = tensors.load(bundle.file(section.file), _wanted)
+    bins, own_bins = ((t[:, None] >= found["edges"]).sum(axis=1) for t in (timesteps, own))
+    names = [f"layers|{layer.name}|activation" for layer in section.layers]  # as in the network
+    scales = {name.split("|")[1]: found[name] for name in names if name in found}
     selection = None
-    if section is not None:
-        found, _ = tensors.load(bundle.file(section.file), _varies)
-        bins = (timesteps[:, None] >= found["edges"]).sum(axis=1)
-        for name, scales in found.items():
-            if name.endswith("|activation") and scales.ndim:
-                ranges[name.split("|")[1]] = [float(f"{scale:.4g}") for scale in scales[bins]]
-        if "stored|module" in found:
-            parts = found["stored|module"].astype(bool).T
-            kinds_of = {True: MODULE, False: STORED}
-            selection = ["".join(kinds_of[bool(module)] for module in part) for part in parts]
-    return {"ranges": ranges, "selection": selection}
+    if "stored|module" in found:
+        parts = found["stored|module"].astype(bool).T
+        kinds_of = {True: MODULE, False: STORED}
+        selection = ["".join(kinds_of[bool(module)] for module in part) for part in parts]
+    return {
+        "inputs": _inputs(found, scales, own, own_bins),
+        "ranges": {n: _rounded(scale[bins]) for n, scale in scales.items() if scale.size > 1},
+        "selection": selection,
+    }
+
+
+def _inputs(
+    found: Tensors, scales: Tensors, timesteps: NDArray[np.int64], bins: NDArray[np.int64]
+) -> dict[str, Any] | None:
+    """The largest magnitude of each rounded input at each step of calibration, noisiest first.
+
+    Beside it is the largest one that its scale can represent there. None where calibration has not
+    kept them, as earlier versions did not.
+    """
+    peaks = {name: found.get(f"layers|{name}|peak") for name in scales}
+    largest = {name: _rounded(peak) for name, peak in peaks.items() if peak is not None}
+    if len(largest) < len(scales):
+        return None
+    representable = {}
+    for name, scale in scales.items():
+        top = Bits(*found[f"layers|{name}|bits"].tolist()).input_top()
+        zero = found.get(f"layers|{name}|zero_point")
+        limit = scale * (top if zero is None else np.maximum(top - zero, top + 1 + zero))
+        representable[name] = _rounded(np.broadcast_to(limit, len(found["edges"]) + 1)[bins])
+    return {"timesteps": timesteps.tolist(), "largest": largest, "representable": representable}
+
+
+def _rounded(values: NDArray[np.float32]) -> list[float]:
+    """Numbers with four digits."""
+    return [float(f"{value:.4g}") for value in values]

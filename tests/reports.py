@@ -73,6 +73,19 @@ def steps(names: tuple[str, ...]) -> dict[str, Any]:
         "feature_cosine": [0.9991, 0.9994, 0.9996, 0.9997, 0.9998, 1.0] if quantized else None,
         "forecast_error": errors if cached else None,
         "reuse_error": reused if cached else None,
+        "inputs": {
+            "timesteps": [999, 832, 666, 500, 333, 166],
+            "largest": {
+                LAYERS[0]: [12.7, 25.4, 30, 38.1, 50.8, 63.5],
+                LAYERS[1]: [4, 0, 5, 0, 4, 0],
+            },
+            "representable": {
+                LAYERS[0]: [12.7, 25.4, 25.4, 38.1, 50.8, 63.5],
+                LAYERS[1]: [5.0] * 6,
+            },
+        }
+        if quantized
+        else None,
         "ranges": {"blocks.0.attn.qkv": [0.1, 0.2, 0.2, 0.3, 0.4, 0.5]} if cached else {},
         "selection": None,
     }
@@ -109,7 +122,11 @@ def make_report(bundle: Bundle, *names: str, shape: tuple[int, ...] = (4, 3, 8, 
         "distances": None,
         "interaction": both if {"w8a8", "cache", "w8a8 + cache"} <= set(names) else None,
         "unpaired_psnr_db": spread(8.0),
-        "cost": {"calibrate": {"seconds": 93.1, "peak_memory_mib": 1024.0}},
+        "cost": {
+            "calibrate": {"seconds": 93.1, "peak_memory_mib": 1024.0}
+            | {"parts": {"trajectories and ranges": 90.2, "cache: correction": 2.9}},
+            "export": {"seconds": 12.3, "peak_memory_mib": 2048.0, "parts": {}},
+        },
         "steps": steps(names),
         "pictures": None
         if shape[1] != 3

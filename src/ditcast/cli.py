@@ -88,8 +88,7 @@ def compile_command(
     bundle, loaded = _start(model, output, recipe_file, flags, strict, targets=wanted)
     check_backend(backend, settings, bundle.manifest.recipe.cache)
     cost = Cost(bundle)
-    _calibrate(bundle, loaded)
-    cost.stage("calibrate")
+    cost.stage("calibrate", _calibrate(bundle, loaded))
     _export(bundle, loaded, wanted)
     cost.stage("export")
     if TARGET in wanted and not {*wanted} & {*targets_of(backend)}:  # engines are yet to be built
@@ -241,10 +240,10 @@ def _start(
     return Bundle.create(output, manifest), loaded
 
 
-def _calibrate(bundle: Bundle, loaded: LoadedModel) -> None:
+def _calibrate(bundle: Bundle, loaded: LoadedModel) -> dict[str, float]:
     from ditcast.calibrate import calibrate
 
-    calibrate(bundle, loaded)
+    return calibrate(bundle, loaded)
 
 
 def _export(bundle: Bundle, loaded: LoadedModel, targets: tuple[str, ...]) -> None:

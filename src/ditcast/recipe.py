@@ -28,6 +28,9 @@ Cache = Literal[
 Precision = Literal["w8a8", "w7a8", "w6a6", "w4a8", "w4a16", "fp8", "float"]
 
 
+E4M3_TOP = 448  # largest number of float8 e4m3, which has no infinity
+
+
 class Bits(NamedTuple):
     """Bits of a layer's weight and of its input; 16 is an input that stays in float.
 
@@ -37,6 +40,10 @@ class Bits(NamedTuple):
     weight: int
     activation: int
     e4m3: bool = False
+
+    def input_top(self) -> int:
+        """The largest code of an input."""
+        return E4M3_TOP if self.e4m3 else int(2 ** (self.activation - 1) - 1)
 
 
 FLOAT: Literal["float"] = "float"

@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ditcast.calibrate.codes import (
-    E4M3_TOP,
     WEIGHT_POWER,
     affine,
     e4m3_scale,
@@ -24,6 +23,7 @@ from ditcast.calibrate.codes import (
     weight_limits,
     weight_scale,
 )
+from ditcast.recipe import E4M3_TOP
 
 BITS = (4, 6, 7, 8)
 finite = st.floats(-1e4, 1e4, width=32)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ditcast import recipe as recipes
+from ditcast import tensors
 from ditcast.bundle import Bundle
 from ditcast.calibrate import adaround, blocks, calibrate, qparams, tib
 from ditcast.calibrate.collect import Watch, collect, draw_labels
@@ -167,6 +170,83 @@ def test_work_on_another_recipe_is_refused(
         calibrate(other, tiny)
 
 
+def test_a_pass_of_an_earlier_version_is_made_again(
+    tiny: LoadedModel,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """It has not kept how large inputs were: half of them would look like all."""
+    keys = QUICK | {"method": "absmax"}
+    whole = start(tiny, tmp_path / "whole", **keys)
+    calibrate(whole, tiny)
+    interrupt(tiny, tmp_path / "b", keys, "states.safetensors", monkeypatch)
+    file = tmp_path / "b" / ".staging" / "calibration" / "states.safetensors"
+    found, metadata = tensors.load(file, lambda name: not name.startswith("peaks|"))
+    tensors.save(found, file, metadata)
+    resumed = Bundle.open(tmp_path / "b")
+    calibrate(resumed, tiny)
+    assert "starting afresh, what an interrupted run left has no peaks" in capsys.readouterr().err
+    assert calibration(resumed) == calibration(whole)
+
+
+TRAJECTORIES, BLOCKS, CACHE = "trajectories and ranges", "reconstruction of blocks", "cache: "
+
+
+@pytest.mark.parametrize(
+    ("keys", "parts"),
+    [
+        ({"method": "absmax", "cache": "none"}, [TRAJECTORIES]),
+        (TIAR | {"temporal": "select"}, ["TIB", "stored features", TRAJECTORIES, BLOCKS]),
+        ({"temporal": "naive", "cache": "none"}, [TRAJECTORIES, "TIB"]),
+        (
+            {"cache": "taylor", "order": 1, "guard": "error", "correction": "exact"},
+            [TRAJECTORIES, f"{CACHE}noise guard", f"{CACHE}correction"],
+        ),
+        ({"scheme": "none", "cache": "taylor", "placement": "fitted"}, [f"{CACHE}placement"]),
+        ({"scheme": "none", "cache": "none"}, []),
+    ],
+    ids=["ranges", "select", "naive", "guard", "placement", "nothing"],
+)
+def test_each_part_is_timed(
+    tiny: LoadedModel, tmp_path: Path, keys: dict[str, Any], parts: list[str]
+) -> None:
+    """All that there is to do, nothing else, and nothing when it is done."""
+    bundle = start(tiny, tmp_path / "b", **keys)
+    started = time.perf_counter()
+    found = calibrate(bundle, tiny)
+    assert list(found) == parts
+    assert all(seconds > 0 for seconds in found.values())
+    assert sum(found.values()) <= time.perf_counter() - started
+    assert not (tmp_path / "b" / ".staging").exists()
+    assert calibrate(bundle, tiny) == {}
+
+
+def test_a_resumed_run_adds_what_was_spent_before(
+    tiny: LoadedModel,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """By the same model and recipe, as far as it is known."""
+    keys = TIAR | {"cache": "none"}
+    file = tmp_path / "b" / ".staging" / "cost" / "seconds.json"
+    interrupt(tiny, tmp_path / "b", keys, "part-000.safetensors", monkeypatch)
+    ((fingerprint, spent),) = json.loads(file.read_text()).items()
+    assert list(spent) == ["TIB", TRAJECTORIES]  # of the part that was kept last it is not known
+    left = {fingerprint: spent | {"TIB": 1000.0}, "of another recipe": {"TIB": 5000.0}}
+    file.write_text(json.dumps(left))
+    found = calibrate(Bundle.open(tmp_path / "b"), tiny)
+    assert 1000 < found["TIB"] < 2000  # its ranges were measured again
+    assert found[TRAJECTORIES] == spent[TRAJECTORIES]
+    assert found[BLOCKS] > 0
+    interrupt(tiny, tmp_path / "c", keys, "part-000.safetensors", monkeypatch)
+    (tmp_path / "c" / ".staging" / "cost" / "seconds.json").write_bytes(b"\xff")
+    capsys.readouterr()
+    assert calibrate(Bundle.open(tmp_path / "c"), tiny)["TIB"] < 1000
+    assert "what an interrupted run has cost is unreadable" in capsys.readouterr().err
+
+
 @pytest.fixture
 def watches(tiny: LoadedModel) -> Iterator[Callable[[], list[Watch]]]:
     """One watch of each kind, on two layers and the stem."""
@@ -191,7 +271,7 @@ def test_a_pass_sees_every_step_of_every_trajectory(
 ) -> None:
     """Together or step by step, both rows of guidance; and inputs in the order of trajectories."""
     bundle = start(tiny, tmp_path / "b")
-    found = collect(bundle, tiny, "test", watches())
+    found, _ = collect(bundle, tiny, "test", watches())
     assert {name: len(states) for name, states in found.items()} == {
         "whole": 1,
         "steps": 6,
@@ -237,7 +317,7 @@ def test_ranges_of_a_bin_are_those_of_its_step(
     """
     name = "blocks.0.attn.qkv"
     watch = Watch("x", tiny.adapter.layers()[name], OBSERVERS["absmax"], stepwise=True)
-    states = collect(start(tiny, tmp_path / "a"), tiny, "test", [watch])["x"]
+    states = collect(start(tiny, tmp_path / "a"), tiny, "test", [watch])[0]["x"]
     seen = [float(state["absmax"]) / 127 for state in states]
     bundle = start(tiny, tmp_path / "b", method=method, fsc="all", rows=48, iterations=1)
     calibrate(bundle, tiny)
@@ -251,7 +331,7 @@ def test_ranges_of_a_bin_are_those_of_its_step(
 def test_without_guidance_there_are_no_null_rows(
     tiny: LoadedModel, tmp_path: Path, watches: Callable[[], list[Watch]]
 ) -> None:
-    found = collect(start(tiny, tmp_path / "b", guidance=1.0), tiny, "test", watches())
+    found, _ = collect(start(tiny, tmp_path / "b", guidance=1.0), tiny, "test", watches())
     assert found["inputs"][0]["inputs"].shape == (4, 3, 16, 16)
 
 
@@ -294,7 +374,7 @@ def test_reconstruction_takes_equally_many_rows_of_every_step(
     assert set(rows.labels.tolist()) <= allowed
     assert tiny.adapter.num_classes in rows.labels
     # At the first step, a row's noise says which trajectory it is of, and so its label.
-    states = collect(
+    states, _ = collect(
         start(tiny, tmp_path / "c"), tiny, "t", [Watch("i", tiny.adapter.stem, INPUTS, True)]
     )
     inputs = states["i"][3]["inputs"]  # batches of two: labels, labels, null, null

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 SIZES = [(1400, 900), (400, 800)]
 MAX_BYTES = 8_000_000
-PLOTS = ("speed", "closeness", "cosine", "plan", "forecast", "ranges", "selection")
+PLOTS = ("speed", "closeness", "cosine", "plan", "forecast", "inputs", "ranges", "selection")
 
 
 @pytest.fixture(scope="module")

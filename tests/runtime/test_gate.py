@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from ditcast.bundle import Bundle
+from ditcast.manifest import FileEntry, hash_file
 from ditcast.models import LoadedModel
 from ditcast.runtime import bench
 from tests import bundles, reports
@@ -53,6 +54,20 @@ def test_good_figures_pass(cli: Cli, made: Bundle) -> None:
     assert (done.code, done.err) == (0, "")
     assert done.out == f"{made.path}: 16 checks passed\n"
     Bundle.open(made.path).verify()
+
+
+def test_figures_are_read_once(cli: Cli, made: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hashed and parsed: they may be large, and must not change in between."""
+    reads: list[str] = []
+
+    def counted(path: Path) -> FileEntry:
+        reads.append(path.name)
+        return hash_file(path)
+
+    monkeypatch.setattr("ditcast.bundle.hash_file", counted)
+    assert cli("gate", made.path).code == 0
+    assert reads.count("bench.json") == 1
+    assert reads.count("audit.json") == 1
 
 
 def slower(report: Report) -> None:

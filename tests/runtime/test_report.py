@@ -259,7 +259,7 @@ def test_step_by_step(bundle: Bundle) -> None:
     assert "held back by the noise guard: 1 of 24" in page.text
     assert "forecast: 7 of 24" in page.text
     assert "one scale for all steps" not in page.text
-    for name in ("closeness", "cosine", "plan", "forecast", "ranges", "speed"):
+    for name in ("closeness", "cosine", "plan", "forecast", "inputs", "ranges", "speed"):
         assert f'id="plot-{name}"' in page.source
     assert "All of them are computed in float ( --temporal fp ); --temporal select" in page.text
     assert "(--temporal fp), so it is about 1 throughout" in page.text

@@ -24,6 +24,7 @@ FORMS = {  # of the columns of the table of figures that are spreads
     "detail": ".2f",
 }
 TIMES = "\u00d7"
+MAX_BYTES = 8_000_000
 JUDGED = ("psnr_db", "ssim", "detail")
 
 
@@ -153,10 +154,11 @@ def test_facts(written: Any) -> None:
     assert ["graphs and calibration, by which figures go stale", figures["bundle"]["content"]] in (
         shown
     )
-    assert table(page, "stage", "seconds") == [
-        [name, f"{spent['seconds']:,.1f}", f"{spent['peak_memory_mib']:,.0f}"]
-        for name, spent in figures["cost"].items()
-    ]
+    wanted = []
+    for name, spent in figures["cost"].items():
+        wanted.append([name, f"{spent['seconds']:,.1f}", f"{spent['peak_memory_mib']:,.0f}"])
+        wanted += [[part, f"{seconds:,.1f}", ""] for part, seconds in spent["parts"].items()]
+    assert table(page, "stage", "seconds") == wanted
 
 
 def test_points_of_speed_and_fidelity(written: Any) -> None:
@@ -202,8 +204,65 @@ def test_maps_over_steps(written: Any) -> None:
         }
         assert len(set(words.values())) == len(words)
     assert page.plots["plot-plan"]["data"][0]["y"] == steps["slots"]
+    inputs = steps["inputs"]
+    found, marks = page.plots["plot-inputs"]["data"]
+    assert found["y"] == list(inputs["largest"])
+    for row, pairs, name in zip(found["z"], found["customdata"], found["y"], strict=True):
+        largest, limits = inputs["largest"][name], inputs["representable"][name]
+        assert pairs == [list(pair) for pair in zip(largest, limits, strict=True)]
+        assert [share or 0 for share in row] == pytest.approx(
+            [value / max(largest) for value in largest], rel=1e-2
+        )
+        assert [share is None for share in row] == [value == 0 for value in largest]
+    assert list(zip(marks["x"], marks["y"], strict=True)) == [(2, "blocks.0.attn.qkv")]
     (found,) = page.plots["plot-forecast"]["data"]
     for slot, row in enumerate(found["z"]):
         errors, reuses = steps["forecast_error"][slot], steps["reuse_error"][slot]
         assert row == [e / r if r else None for e, r in zip(errors, reuses, strict=True)]
         assert found["customdata"][slot] == [list(p) for p in zip(errors, reuses, strict=True)]
+
+
+def rendered(bundle: Bundle, report: dict[str, Any]) -> Page:
+    """The page of a report."""
+    path = write_report(bundle, report)
+    assert path is not None
+    assert path.stat().st_size <= MAX_BYTES
+    return Page(path.read_text(encoding="utf-8"))
+
+
+def test_page_says_what_inputs_do(bundle: Bundle) -> None:
+    """Which layer's moves the most, what is clipped, and why there may be no map."""
+    report = make_report(bundle, *NAMES)
+    page = rendered(bundle, report)
+    assert (
+        "blocks.0.attn.qkv moves the most: its largest input is 5 times as large at step 5 as at "
+        "step 0. 1 of 9 are clearly above what their scale can represent; the farthest is 1.18 "
+        "times that."
+    ) in page.text
+    names = [f"blocks.{i}.mlp.fc1" for i in range(400)]
+    row = [1.0 + i / 1000 for i in range(100)]
+    report["steps"]["inputs"] |= {"largest": dict.fromkeys(names, row)}
+    report["steps"]["inputs"] |= {"representable": dict.fromkeys(names, [2.0] * 100)}
+    assert (
+        "0 of 40000 are clearly above" in rendered(bundle, report).text
+    )  # in a page that is small
+    for found, sentence in (
+        ({"largest": {}, "representable": {}, "timesteps": [1]}, "Every input stays in float."),
+        (None, "It was not recorded when this bundle was calibrated or measured, as earlier"),
+    ):
+        report["steps"]["inputs"] = found
+        page = rendered(bundle, report)
+        assert sentence in page.text
+        assert 'id="plot-inputs"' not in page.source
+    del report["steps"]["inputs"]  # as earlier versions wrote it
+    assert rendered(bundle, report).source == page.source
+
+
+def test_page_of_costs_without_parts(bundle: Bundle) -> None:
+    """As earlier versions wrote them."""
+    report = make_report(bundle, *NAMES)
+    for spent in report["cost"].values():
+        del spent["parts"]
+    page = rendered(bundle, report)
+    assert "calibrate 93.1 1,024 export 12.3 2,048" in page.text
+    assert kept.figures(bundle)["cost"] == report["cost"]

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from ditcast import recipe as recipes
 from ditcast import tensors
@@ -15,7 +16,9 @@ from ditcast.cache import make_plan
 from ditcast.cache.fitted import of_target, recipe_plan
 from ditcast.cache.guard import guarded
 from ditcast.cache.learned import KEPT, routed
-from ditcast.calibrate import calibrate, router
+from ditcast.calibrate import calibrate, qparams, router
+from ditcast.calibrate.codes import fake_quantize
+from ditcast.export import to_onnx
 from ditcast.models import LoadedModel
 from ditcast.models.base import describe as make_manifest
 from ditcast.runtime import Pipeline
@@ -132,3 +135,63 @@ def test_what_calibration_found_per_step(tiny: LoadedModel, tmp_path: Path) -> N
     if module is not None:
         assert "".join(found["selection"]).count("m") == int(module.sum())
         assert {len(part) for part in found["selection"]} == {6}
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"method": "absmax"},
+        {"method": "percentile", "percentile": 90.0, "fsc": "all", "scheme": "w6a6"},
+        {"method": "absmax", "temporal": "tib", "fsc": "tib"},
+        {"method": "absmax", "temporal": "tib", "fsc": "none"},
+    ],
+    ids=["absmax", "clipped", "tib", "one range"],
+)
+def test_how_large_inputs_are(tiny: LoadedModel, tmp_path: Path, keys: dict[str, Any]) -> None:
+    """In the order of the network, at calibration's own steps, beside what codes can represent."""
+    bundle = make_bundle(tiny, tmp_path / "b", cache="none", **keys)
+    pipeline = Pipeline(bundle)
+    paths = {"full precision": np.ones((3, 1, 3, 4, 4), np.float32)}
+    found = describe(pipeline, "none", np.ones(3, bool), paths)
+    inputs, held = found["inputs"], qparams.of_bundle(bundle).layers
+    assert inputs["timesteps"] == pipeline.schedule.timesteps(6).tolist()
+    assert bundle.manifest.quantization is not None
+    names = [layer.name for layer in bundle.manifest.quantization.layers]
+    assert list(inputs["largest"]) == list(inputs["representable"]) == names
+    clipped = 0
+    for name in names:
+        layer, largest = held[name], inputs["largest"][name]
+        assert layer.peak is not None
+        assert layer.activation is not None
+        assert largest == pytest.approx(layer.peak.tolist(), rel=1e-3)
+        limits = layer.activation.flip(0) if layer.activation.numel() > 1 else layer.activation
+        far = torch.full((6,), 1e9) * torch.tensor([[1.0], [-1.0]])
+        if layer.zero_point is None:
+            far = far[:1]  # the range is symmetric but for one code
+        zero = torch.zeros(1) if layer.zero_point is None else layer.zero_point.flip(0)
+        wanted = fake_quantize(far, limits, zero, layer.bits.activation).abs().amax(dim=0)
+        assert inputs["representable"][name] == pytest.approx(wanted.tolist(), rel=1e-3)
+        clipped += sum(a > 1.01 * b for a, b in zip(largest, wanted.tolist(), strict=True))
+    assert (clipped > 0) == (keys["method"] == "percentile")
+    steps = {name: len(scales) for name, scales in found["ranges"].items()}
+    assert set(steps.values()) <= {3}  # those of the run
+    assert bool(steps) == (keys.get("fsc", "none") != "none")
+
+
+def test_inputs_of_an_earlier_version(tiny: LoadedModel, tmp_path: Path) -> None:
+    """Its calibration has not kept them, and opens as before; and nothing else has any."""
+    bundle = make_bundle(tiny, tmp_path / "b", cache="none")
+    paths = {"full precision": np.ones((6, 1, 3, 4, 4), np.float32)}
+    assert bundle.manifest.quantization is not None
+    name = bundle.manifest.quantization.file
+    arrays, _ = tensors.load(bundle.file(name), lambda name: not name.endswith("|peak"))
+    tensors.save(arrays, bundle.staged(name))
+    bundle.commit({})
+    to_onnx(bundle, tiny, ["onnxruntime"])
+    older = Pipeline(Bundle.open(bundle.path))
+    assert describe(older, "none", np.ones(6, bool), paths)["inputs"] is None
+    exact = Pipeline(make_bundle(tiny, tmp_path / "c", scheme="none"))
+    assert describe(exact, "none", np.ones(6, bool), paths)["inputs"] is None
+    wide = make_bundle(tiny, tmp_path / "d", scheme="w4a16", cache="none")
+    found = describe(Pipeline(wide), "none", np.ones(6, bool), paths)["inputs"]
+    assert found["largest"] == found["representable"] == {}

@@ -96,8 +96,8 @@ def gate(
         worse=worse,
     )
     opened = Bundle.open(bundle)
-    checks = judge(opened, limits, None if against is None else kept.load(against))
     figures = kept.figures(opened)
+    checks = judge(opened, figures, limits, None if against is None else kept.load(against))
     if junit_file is not None:
         junit_file.write_bytes(junit(bundle.name, checks))
     if summary_file is not None:
