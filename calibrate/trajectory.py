@@ -132,3 +132,7 @@ class TorchRequest:
     def join(self, newest: Tensor, older: Tensor) -> Tensor:
         """The newest in front of older ones, as many as before."""
         return torch.cat([newest[None], older[:-1]])
+
+    def add(self, part: Tensor, older: Tensor) -> None:
+        """Add older values to a part of an output, where that lies."""
+        part += older

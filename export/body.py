@@ -169,6 +169,12 @@ class Builder:
         ones = self.constant("ones", [1, 1, 1])
         repeats = scope.op("Add", one, guided)
         self.repeats = scope.op("Concat", repeats, ones, axis=0)
+        self.halves(scope)
+        self.tables()
+
+    def halves(self, scope: Scope) -> None:
+        """Where the conditional and the null rows of an output of `self.n` samples are."""
+        zero, end = self.constant("zero", [0]), self.constant("end", [END])
         minus_n = scope.op("Neg", self.n)
         channels = self.constant("channels", [self.spec.sample_shape[0]])
         self.zeros = self.constant("zeros", [0, 0])
@@ -176,8 +182,15 @@ class Builder:
         self.conditional_end = scope.op("Concat", self.n, channels, axis=0)
         self.null_start = scope.op("Concat", minus_n, zero, axis=0)
         self.null_end = scope.op("Concat", end, channels, axis=0)
-        for name, column in zip(Coefficients._fields, self.spec.table.T, strict=True):
+
+    def tables(self) -> None:
+        """Numbers of every step: the sampler's, and those of a correction."""
+        spec = self.spec
+        for name, column in zip(Coefficients._fields, spec.table.T, strict=True):
             self.constant(name, column, np.float32)
+        for name, table in (("gain", spec.gain), ("offset", spec.offset)):
+            if table is not None:
+                self.constant(name, table[..., None, None], np.float32)
 
     def counted(self, scope: Scope, labels: str) -> str:
         """0, 1, 2 and so on, one per label."""
@@ -202,27 +215,37 @@ class Builder:
         return self.inline(scope, self.spec.graphs[kind], f"{scope.name}/{kind}", names)
 
     def step(self, scope: Scope, x: str, t: str, output: str, after: str) -> None:
+        """Guidance, sampler update and correction, as in `ditcast.sampling`."""
+        moved = self.moved(scope, x, t, output)
+        if self.spec.gain is not None:
+            moved = self.corrected(scope, moved, t)
+        scope.name_it(moved, after)
+
+    def moved(self, scope: Scope, x: str, t: str, output: str) -> str:
         """Guidance and sampler update, operation for operation as in `ditcast.sampling`."""
         op = scope.op
         conditional = op("Slice", output, self.zeros, self.conditional_end, self.axes)
         null = op("Slice", output, self.null_start, self.null_end, self.axes)
         scaled = op("Mul", self.scale, op("Sub", conditional, null))
         guided = op("Add", null, scaled)
-        row = Coefficients(*(op("Gather", name, t, axis=0) for name in Coefficients._fields))
-        x0 = op("Add", op("Mul", row.c_x, x), op("Mul", row.c_o, guided))
+        names = Coefficients._fields if self.spec.step_noise else Coefficients._fields[:-1]
+        row = {name: op("Gather", name, t, axis=0) for name in names}
+        x0 = op("Add", op("Mul", row["c_x"], x), op("Mul", row["c_o"], guided))
         if self.spec.clip is not None:
             low = self.constant("clip_low", -self.spec.clip, np.float32)
             x0 = op("Clip", x0, low, self.constant("clip_high", self.spec.clip, np.float32))
-        moved = op("Add", op("Mul", row.k_0, x0), op("Mul", row.k_x, x))
-        moved = op("Add", moved, op("Mul", row.k_o, guided))
+        moved: str = op("Add", op("Mul", row["k_0"], x0), op("Mul", row["k_x"], x))
+        moved = op("Add", moved, op("Mul", row["k_o"], guided))
         if self.spec.step_noise:
             noise = op("Gather", "step_noise", t, axis=0)
-            moved = op("Add", moved, op("Mul", row.k_z, noise))
-        if self.spec.gain is not None and self.spec.offset is not None:
-            for kind, table in (("Mul", self.spec.gain), ("Add", self.spec.offset)):
-                name = self.constant(f"correction_{kind}", table[..., None, None], np.float32)
-                moved = op(kind, moved, op("Gather", name, t, axis=0))
-        scope.name_it(moved, after)
+            moved = op("Add", moved, op("Mul", row["k_z"], noise))
+        return moved
+
+    def corrected(self, scope: Scope, moved: str, t: str) -> str:
+        """The correction, `sampling.correct`."""
+        for kind, name in (("Mul", "gain"), ("Add", "offset")):
+            moved = scope.op(kind, moved, scope.op("Gather", name, t, axis=0))
+        return moved
 
     def loop(
         self,

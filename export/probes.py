@@ -14,7 +14,15 @@ from ditcast.cache.fitted import Fitted, recipe_plan
 from ditcast.cache.stepping import GRAPHS, graphs
 from ditcast.calibrate.trajectory import sample
 from ditcast.models import Adapter
-from ditcast.sampling import correct, draw_noise, needs_noise, with_null
+from ditcast.sampling import (
+    Advance,
+    Coefficients,
+    coefficients,
+    correct,
+    draw_noise,
+    needs_noise,
+    with_null,
+)
 from ditcast.schedule import from_config
 
 
@@ -182,6 +190,51 @@ def loop_probe(bundle: Bundle, adapter: Adapter, fitted: Fitted) -> Probe:
     if noises:
         feeds["step_noise"] = noise[1 : steps + 1, None]
     return Probe(first_steps, feeds, ["latents"], [])
+
+
+def between_probes(bundle: Bundle, adapter: Adapter) -> dict[str, Probe]:
+    """A sum of forecasts, and a last but one step of two images with guidance and correction."""
+    recipe, schedule = bundle.manifest.recipe, from_config(bundle.manifest.schedule)
+    steps, (channels, *size) = recipe.steps, adapter.sample_shape
+    rng = torch.Generator().manual_seed(recipe.seed)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=rng)
+
+    noise = draw(steps, 2, channels, *size) if needs_noise(recipe.sampler) else None
+    table = coefficients(schedule, recipe.sampler, steps)
+    feeds = {
+        "x": draw(2, channels, *size),
+        "output": draw(4, adapter.output_channels, *size),
+        "step": torch.tensor(max(steps - 2, 0)),
+        "guidance_scale": torch.tensor(1.5),
+        "gain": 1 + draw(steps, channels, 1, 1) / 10,
+        "offset": draw(steps, channels, 1, 1) / 10,
+        **dict(zip(Coefficients._fields, torch.from_numpy(table).T, strict=True)),
+    }
+    if noise is None:
+        del feeds["k_z"]
+    else:
+        feeds["step_noise"] = noise
+    advance = Advance(
+        guidance=1.5,
+        table=table,
+        clip=schedule.clip,
+        noise=noise,
+        gain=feeds["gain"],
+        offset=feeds["offset"],
+    )
+
+    def update(x: Tensor, output: Tensor, step: Tensor, *others: Tensor) -> Tensor:
+        del others  # of the request: `advance` has them
+        found: Tensor = advance(int(step), x, output)
+        return found
+
+    summed = {name: draw(2, *adapter.slot_shape) for name in ("part", "older")}
+    return {
+        "add": Probe(torch.add, summed, ["sum"], []),
+        "update": Probe(update, feeds, ["after"], []),
+    }
 
 
 def short_steps(bundle: Bundle) -> int:

@@ -20,11 +20,12 @@ from ditcast.calibrate.qparams import QParams, of_bundle
 from ditcast.calibrate.simulate import Simulation, quantized
 from ditcast.errors import BundleError
 from ditcast.export import parity
+from ditcast.export.between import BETWEEN, add_graph, update_graph
 from ditcast.export.body import LoopSpec
 from ditcast.export.branching import branch
 from ditcast.export.forecast import multiply
 from ditcast.export.loop import sampler_graph
-from ditcast.export.probes import Probe, loop_probe, make_probes, short_steps
+from ditcast.export.probes import Probe, between_probes, loop_probe, make_probes, short_steps
 from ditcast.export.quantize import insert_qdq
 from ditcast.export.store import WeightStore, check_disk
 from ditcast.export.targets import TARGETS, check_products, check_weights, encodings
@@ -88,6 +89,10 @@ def _due(bundle: Bundle, targets: Sequence[str]) -> tuple[list[str], set[str]]:
     wanted = held | {REFERENCE, *targets}
     if any(graph.made_from != made_from for graph in graphs):
         held = set()
+    has = {(graph.target, graph.name) for graph in graphs}
+    for target in [target for target in held if TARGETS[target].typed]:
+        if not has >= {(target, name) for name in BETWEEN}:  # an older version wrote it
+            held.remove(target)
     return [target for target in TARGETS if target in wanted - held], held
 
 
@@ -128,9 +133,11 @@ def _export(
             measured = probes
             if TARGETS[target].loop:
                 measured = probes | {"sampler": loop_probe(bundle, adapter, fitted)}
+            if TARGETS[target].typed:
+                measured = measured | between_probes(bundle, adapter)
             measured = {name: measured[name] for name in _graphs_of(target, measured)}
             held = {name: _layers_in(graph, simulation.layers) for name, graph in traced.items()}
-            held["sampler"] = tuple(simulation.layers)
+            held |= {"sampler": tuple(simulation.layers), **dict.fromkeys(BETWEEN, ())}
             half = TARGETS[target].typed
             parities, output = _compare(adapter, folder, measured, simulation, held, half=half)
             feeds = probes["full"].feeds
@@ -218,6 +225,11 @@ def _write_target(
             spec = _loop_spec(bundle, adapter, parts, fitted, steps)
             spec = replace(spec, fixed_rows=TARGETS[target].typed)
             store.save_proto(sampler_graph(spec), folder / f"{name}.onnx")
+        if TARGETS[target].typed:
+            spec = _loop_spec(bundle, adapter, parts, fitted, bundle.manifest.recipe.steps)
+            store.save_proto(add_graph(spec), folder / "add.onnx")
+            update = update_graph(spec, adapter.output_channels)
+            store.save_proto(update, folder / "update.onnx")
 
 
 def _graphs_of(target: str, names: Iterable[str]) -> list[str]:

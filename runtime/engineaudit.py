@@ -107,7 +107,7 @@ def audit_engines(bundle: Bundle, backend: str, loop: str) -> list[EngineAudit]:
         if (graph == "sampler") == (loop == "host"):
             continue
         inside = quantized_in(bundle, TARGET, graph)
-        if graph in ("temporal", "reuse") and not inside:
+        if graph not in ("full", "partial", "sampler") and not inside:
             continue
         engine = find_engine(bundle, backend, graph)
         found.append(audit_layers(graph, engine, inside, layers_of(bundle, engine)))

@@ -17,10 +17,10 @@ from ditcast.runtime.backends import GraphFile, graph_file
 from ditcast.runtime.backends.enginelog import EngineLayer, parse_layers
 from ditcast.runtime.backends.tensorrt import FLAGS, EngineBuilder, Profile, Range
 from ditcast.runtime.trust import check_signature, sign
-from ditcast.sampling import needs_noise
+from ditcast.sampling import Coefficients, needs_noise
 
 TARGET = "tensorrt"
-GRAPHS = ("temporal", "full", "reuse", "partial", "sampler")
+GRAPHS = ("temporal", "full", "reuse", "partial", "add", "update", "sampler")
 E4M3_SINCE = "8.9"  # the first compute capability that multiplies 8-bit floats
 FOLDER = "engines"
 SHOWN = 16  # digits of a key in the name of its plan
@@ -40,8 +40,16 @@ def profile_of(manifest: Manifest, graph: str) -> Profile:
             "timesteps": {0: (1, recipe.steps, recipe.steps)},
             "class_labels": {0: (1, labels, labels)},
         }
+    images, steps = (1, recipe.batch, recipe.batch), (1, recipe.steps, recipe.steps)
+    if graph == "add":
+        return {"part": {0: rows}, "older": {0: rows}}
+    if graph == "update":
+        known = {name: {0: steps} for name in (*Coefficients._fields, "gain", "offset")}
+        noise = {"step_noise": {0: steps, 1: images}}
+        if not needs_noise(recipe.sampler):
+            del known["k_z"], noise["step_noise"]
+        return {"x": {0: images}, "output": {0: rows}, **known, **noise}
     if graph == "sampler":
-        images = (1, recipe.batch, recipe.batch)
         noise = {"step_noise": {1: images}} if needs_noise(recipe.sampler) else {}
         return {"noise": {0: images}, "class_labels": {0: images}, **noise}
     step = {"sample": {0: rows}, "features": {0: rows}}

@@ -17,19 +17,16 @@ from ditcast.cache.stepping import graphs as graphs_of
 from ditcast.cache.stepping import stepper
 from ditcast.errors import ConfigError
 from ditcast.manifest import REFERENCE
-from ditcast.runtime.backends import Backend, Session, graph_file
+from ditcast.runtime.backends import Array, Backend, Memory, Session, graph_file
 from ditcast.runtime.choice import check_policy, open_backend
 from ditcast.runtime.memory import check_memory
 from ditcast.runtime.request import HostRequest
 from ditcast.sampling import (
-    Coefficients,
+    Advance,
     check_guidance,
     coefficients,
-    correct,
     draw_noises,
-    guide,
     needs_noise,
-    update,
     with_null,
 )
 from ditcast.schedule import SPACINGS, NoiseSchedule, from_config
@@ -228,9 +225,17 @@ class Pipeline:
         self, labels: Sequence[int], timesteps: NDArray[np.int64], guided: bool
     ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """Temporal features (T, U, F) of the distinct labels, and each row's index into U."""
+        with self.backend.memory(self.session) as memory:
+            found, rows = self._features(memory, labels, timesteps, guided)
+            return memory.get(found), rows
+
+    def _features(
+        self, memory: Memory, labels: Sequence[int], timesteps: NDArray[np.int64], guided: bool
+    ) -> tuple[Array, NDArray[np.int64]]:
+        """The same, where the sessions keep them."""
         unique, inverse = np.unique(with_null(labels, self.model.null_label), return_inverse=True)
         feeds = {"timesteps": timesteps.astype(np.float32), "class_labels": unique}
-        found = self.session("temporal").run(feeds, ["features"])["features"]
+        found = memory.run("temporal", feeds, ["features"])["features"]
         if self.low_memory:
             del self._sessions["temporal"]
         n = len(labels)
@@ -247,22 +252,28 @@ class Pipeline:
         fitted: Fitted,
         callback: Callable[[Step], None] | None,
     ) -> Samples:
-        steps, n, channels = len(plan.full), len(labels), self.model.sample_shape[0]
-        features, rows = self.features(labels, schedule.timesteps(steps), guidance > 1)
-        network = stepper(plan, HostRequest(self.session, self.model, features, rows))
-        x: Samples = noise[0]
-        self.full_steps = 0
-        for step, row in enumerate(coefficients(schedule, self.recipe.sampler, steps).tolist()):
-            output, full = network.run(step, x)
-            self.full_steps += full
-            output = guide(output, n, channels, guidance)
-            step_noise = noise[1 + step] if len(noise) > 1 else None
-            x = update(x, output, step_noise, Coefficients(*row), schedule.clip)
-            if fitted.gain is not None and fitted.offset is not None:
-                x = correct(x, fitted.gain[step], fitted.offset[step])
-            if callback is not None:
-                callback(Step(step, full, x))
-        return x
+        timesteps = schedule.timesteps(len(plan.full))
+        advance = Advance(
+            guidance=guidance,
+            table=coefficients(schedule, self.recipe.sampler, len(timesteps)),
+            clip=schedule.clip,
+            noise=noise[1:] if len(noise) > 1 else None,
+            gain=fitted.gain,
+            offset=fitted.offset,
+        )
+        with self.backend.memory(self.session) as memory:
+            features, rows = self._features(memory, labels, timesteps, guidance > 1)
+            request = HostRequest(self.session, memory, self.model, features, rows)
+            network, sampler = stepper(plan, request), memory.sampler(advance, noise.shape[1:])
+            x = memory.array(noise[0])
+            self.full_steps = 0
+            for step in range(len(timesteps)):
+                output, full = network.run(step, x)
+                self.full_steps += full
+                x = sampler(step, x, output)
+                if callback is not None:
+                    callback(Step(step, full, memory.get(x)))
+            return memory.get(x)
 
     def _graph_loop(
         self, labels: Sequence[int], noise: Samples, guidance: float, plan: StepPlan

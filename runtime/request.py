@@ -1,4 +1,4 @@
-"""One request of the host loop: sessions over buffers that every step uses again."""
+"""One request of the host loop: sessions over arrays that every step uses again."""
 
 from __future__ import annotations
 
@@ -11,46 +11,53 @@ from numpy.typing import NDArray
 
 from ditcast.cache.stepping import GRAPHS
 from ditcast.manifest import ModelInfo
-from ditcast.runtime.backends import Session
+from ditcast.runtime.backends import Array, Memory, Session
 
-Array = NDArray[np.float32]
 # What is read while the graph that gives it runs again.
 KEPT = {"forecast", "gauge", "stream", "y_now", "a_now", "slope", "kept"}
+DECIDES = "drift"  # what the host reads at every step
 
 
 class HostRequest:
-    """`cache.stepping.Request` over the sessions of a backend."""
+    """`cache.stepping.Request` over the sessions of a backend, and its memory of one request."""
 
     def __init__(
         self,
         session: Callable[[str], Session],
+        memory: Memory,
         model: ModelInfo,
         features: Array,
         rows: NDArray[np.int64],
     ) -> None:
         """`features` are (T, U, F); `rows` (N,) says which of U each row of the batch takes."""
-        self.session, self.model, self.slots = session, model, len(model.slots)
-        self.all_features, self.row_index = features, rows
+        self.session, self.memory, self.model, self.slots = session, memory, model, len(model.slots)
+        self.all_features, self.row_index = features, rows.tolist()
         width, columns = len(rows), features.shape[-1]
         self.held = {
-            "sample": np.empty((width, *model.sample_shape), np.float32),
-            "features": np.empty((width, columns), np.float32),
+            "sample": memory.zeros((width, *model.sample_shape)),
+            "features": memory.zeros((width, columns)),
         }
-        self.ahead = np.empty((0, width, columns), np.float32)
+        self.ahead = memory.zeros((0, width, columns))
         self.buffers: dict[str, Iterator[Array]] = {}
 
     def begin(self, step: int, x: Array) -> None:
         """Take the sample (n, C, H, W) and the features of a step."""
-        self.held["sample"].reshape(-1, *x.shape)[:] = x
-        np.take(self.all_features[step], self.row_index, axis=0, out=self.held["features"])
+        for start in range(0, len(self.row_index), len(x)):
+            self.memory.copy(x, self.held["sample"][start : start + len(x)])
+        self._take(step, self.held["features"])
 
     def features(self, steps: Sequence[int]) -> Array:
         """(R, N, F), until the next call."""
         if len(self.ahead) != len(steps):
-            self.ahead = np.empty((len(steps), *self.ahead.shape[1:]), np.float32)
-        for r, step in enumerate(steps):
-            np.take(self.all_features[step], self.row_index, axis=0, out=self.ahead[r])
+            self.ahead = self.memory.zeros((len(steps), *self.ahead.shape[1:]))
+        for step, rows in zip(steps, self.ahead, strict=True):
+            self._take(step, rows)
         return self.ahead
+
+    def _take(self, step: int, into: Array) -> None:
+        """The features of a step, (N, F)."""
+        for row, place in zip(self.row_index, into, strict=True):
+            self.memory.copy(self.all_features[step][row], place)
 
     def run(self, graph: str, **inputs: Array) -> dict[str, Array]:
         """Run a step graph."""
@@ -60,7 +67,7 @@ class HostRequest:
         return found
 
     def array(self, values: Any) -> Array:
-        """Float32 numbers as an array."""
+        """Float32 numbers, which the host knows and no run changes."""
         return np.asarray(values, np.float32)
 
     def keep(self, output: Array) -> Array:
@@ -70,18 +77,28 @@ class HostRequest:
     def rows(self, history: int, slots: int = 0) -> Array:
         """Zeros, (history, [slots,] N, *slot_shape)."""
         many = (slots,) if slots else ()
-        return np.zeros((history, *many, len(self.row_index), *self.model.slot_shape), np.float32)
+        width = len(self.row_index)
+        return self.memory.zeros((history, *many, width, *self.model.slot_shape))
 
     def join(self, newest: Array, older: Array) -> Array:
         """The newest in front of older ones, as many as before."""
-        return np.concatenate([newest[None], older[:-1]])
+        found = self.memory.zeros(older.shape)
+        for source, place in zip([newest, *older][:-1], found, strict=True):
+            self.memory.copy(source, place)
+        return found
+
+    def add(self, part: Array, older: Array) -> None:
+        """Add older values to a part of an output, where that lies."""
+        self.memory.add(part, older)
 
     def _buffer(self, output: str, inputs: dict[str, Array]) -> Array:
         """Where an output goes; what outlives the next run of its graph has two places in turn."""
         if output not in self.buffers:
             shape, kept = self._shape(output, inputs), output.partition(".")[0] in KEPT
-            count = 2 if kept else 1
-            self.buffers[output] = cycle([np.empty(shape, np.float32) for _ in range(count)])
+            if output == DECIDES:
+                self.buffers[output] = cycle([np.zeros(shape, np.float32)])
+            else:
+                self.buffers[output] = cycle([self.memory.zeros(shape) for _ in range(1 + kept)])
         return next(self.buffers[output])
 
     def _shape(self, output: str, inputs: dict[str, Array]) -> tuple[int, ...]:

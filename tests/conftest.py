@@ -121,14 +121,20 @@ def narrow_bundle(tiny: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -
 
 
 @pytest.fixture(scope="session")
-def other_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """A bundle of the other model, DDPM with caching at interval 3; never write to it."""
-    folder = tmp_path_factory.mktemp("other")
+def other(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
+    """Another model, which predicts velocities and a variance."""
+    folder = tmp_path_factory.mktemp("other-model")
     torch.manual_seed(3)
     DiTTransformer2DModel(**(TINY | OTHER)).save_pretrained(folder / "transformer")
     DDPMScheduler(**OTHER_SCHEDULER).save_pretrained(folder / "scheduler")
+    return load(str(folder))
+
+
+@pytest.fixture(scope="session")
+def other_bundle(other: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """A bundle of the other model, DDPM with caching at interval 3; never write to it."""
     keys: dict[str, Any] = {"sampler": "ddpm", "interval": 3, "guidance": 1.5, "method": "mse"}
-    return make_bundle(load(str(folder)), folder / "other.bundle", **keys)
+    return make_bundle(other, tmp_path_factory.mktemp("other") / "other.bundle", **keys)
 
 
 @pytest.fixture(scope="session")

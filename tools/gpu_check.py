@@ -103,7 +103,7 @@ def check(
 ) -> list[dict[str, Any]]:
     """One row per control loop and cache; every latency has its fidelity beside it.
 
-    `memory_mib` is what its sessions take of the GPU, until they are given back.
+    `memory_mib` is the most that sessions and a request take of the GPU.
     """
     exact = Pipeline(bundle, target=TARGET)
     audits = [x for loop in ("host", "graph") for x in audit_engines(bundle, backend.name, loop)]
@@ -122,11 +122,13 @@ def check(
     labels, rows = [first] * images, []
     for loop, cache in (("host", "none"), ("host", None), ("graph", None)):
         chosen: Any = {"loop": loop, "cache": cache}
+        used: list[int] = []
+        watch: Any = {"callback": lambda _, used=used: used.append(backend.device.used())}
         say(f"gpu_check: {bundle.path.name}, {loop} loop, cache {cache or 'of the recipe'}")
         before = backend.device.used()
         pipeline = Pipeline(bundle, backend=backend)
-        found = pipeline.sample(labels, seed=SEED, **chosen)
-        memory = backend.device.used() - before
+        found = pipeline.sample(labels, seed=SEED, **chosen, **(watch if loop == "host" else {}))
+        memory = max([*used, backend.device.used()]) - before
         same = exact.sample(labels, seed=SEED, **chosen)
         again = functools.partial(pipeline.sample, labels, seed=SEED, **chosen)
         spread = timed(again, max(runs // 10, 2))

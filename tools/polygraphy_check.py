@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 from command import Parser, tool
+from numpy.typing import NDArray
 
 from ditcast import tensors
 from ditcast.bundle import Bundle
@@ -27,7 +28,7 @@ from ditcast.errors import MissingDependencyError, UnsupportedError
 from ditcast.progress import say
 from ditcast.runtime.backends import Session, graph_file, make_backend
 from ditcast.runtime.engines import TARGET, graphs_in
-from ditcast.sampling import draw_noise, needs_noise
+from ditcast.sampling import Coefficients, coefficients, draw_noise, needs_noise
 from ditcast.schedule import from_config
 from ditcast.tables import show
 
@@ -67,6 +68,8 @@ def feeds_of(bundle: Bundle, graph: str) -> dict[str, Any]:
         found = {"noise": noise[:1], "class_labels": np.array([label]), "timesteps": timesteps}
         found["guidance_scale"] = np.array(recipe.guidance, np.float32)
         return found | ({"step_noise": noise[1:, None]} if len(noise) > 1 else {})
+    if graph in ("add", "update"):
+        return between_feeds(bundle, graph)
     held, _ = tensors.load(bundle.file(bundle.manifest.golden[0]))
     prefix = f"{TARGET}.input."
     found = {key.removeprefix(prefix): held[key] for key in held if key.startswith(prefix)}
@@ -79,6 +82,30 @@ def feeds_of(bundle: Bundle, graph: str) -> dict[str, Any]:
         return {**step, "forecast": rng.standard_normal(rows).astype(np.float32)}
     caches = {f"cache.{k}": rng.standard_normal(rows).astype(np.float32) for k in range(slots)}
     return {**step, "mask": (np.arange(slots) % 2).astype(np.float32), **caches}
+
+
+def between_feeds(bundle: Bundle, graph: str) -> dict[str, Any]:
+    """Inputs of the graphs between the steps: random ones, and the schedule's first step."""
+    recipe, model, rng = bundle.manifest.recipe, bundle.manifest.model, np.random.default_rng(0)
+    channels, *size = model.sample_shape
+
+    def draw(*shape: int) -> NDArray[np.float32]:
+        return rng.standard_normal(shape, np.float32)
+
+    if graph == "add":
+        return {name: draw(2, *model.slot_shape) for name in ("part", "older")}
+    schedule = from_config(bundle.manifest.schedule)
+    table = coefficients(schedule, recipe.sampler, recipe.steps)
+    found: dict[str, Any] = dict(zip(Coefficients._fields, table.T.copy(), strict=True))
+    found |= {name: draw(recipe.steps, channels, 1, 1) for name in ("gain", "offset")}
+    if needs_noise(recipe.sampler):
+        found["step_noise"] = draw(recipe.steps, 1, channels, *size)
+    else:
+        del found["k_z"]
+    scale = np.array(recipe.guidance, np.float32)
+    sample, output = draw(1, channels, *size), draw(2, model.output_channels, *size)
+    step = np.array(0, np.int64)
+    return {**found, "x": sample, "output": output, "step": step, "guidance_scale": scale}
 
 
 def called(*arguments: str) -> str:

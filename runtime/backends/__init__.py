@@ -6,8 +6,10 @@ import importlib
 
 from ditcast.errors import ConfigError, MissingDependencyError
 from ditcast.runtime.backends.base import (
+    Array,
     Backend,
     GraphFile,
+    Memory,
     NodeTime,
     Session,
     graph_file,
@@ -57,8 +59,10 @@ def make_backend(name: str, settings: Settings | None = None) -> Backend:
 __all__ = [
     "BACKENDS",
     "ENGINES",
+    "Array",
     "Backend",
     "GraphFile",
+    "Memory",
     "NodeTime",
     "Session",
     "graph_file",

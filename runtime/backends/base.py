@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 from numpy.typing import NDArray
 
 from ditcast.bundle import Bundle
@@ -14,8 +16,11 @@ from ditcast.errors import BundleError
 from ditcast.manifest import WEIGHTS, Layer
 from ditcast.recipe import PRECISIONS
 from ditcast.runtime.machine import available_memory_mib
+from ditcast.sampling import Advance
 
-Arrays = Mapping[str, NDArray[Any]]
+# Of numpy, or of a `Memory`: with a shape, a length, and parts along the first axis.
+Array = Any
+Arrays = Mapping[str, Array]
 # How runtimes say that an allocation failed; none of them raises MemoryError for its own.
 OUT_OF_MEMORY = ("bad_alloc", "bad allocation", "failed to allocate", "out of memory")
 
@@ -89,7 +94,7 @@ class Session(Protocol):
     """One loaded graph."""
 
     def run(self, feeds: Arrays, outputs: Sequence[str]) -> dict[str, NDArray[Any]]:
-        """Compute the named outputs.
+        """Compute the named outputs, on the host.
 
         Raises:
             BundleError: the runtime fails, as where memory runs out.
@@ -99,10 +104,122 @@ class Session(Protocol):
     def run_into(self, feeds: Arrays, buffers: Arrays) -> None:
         """Compute the outputs that `buffers` names into its contiguous arrays, without copies.
 
+        Arrays of the backend's `Memory` are read and written where they lie. Only where one of the
+        host is written into is all of it done at the end; until then, arrays of the host that were
+        given have to stay as they are.
+
         Raises:
             BundleError: as `run`.
         """
         ...
+
+
+class Memory(Protocol):
+    """Where a backend keeps what one step of a request leaves to the next.
+
+    It is open for one request, `with` it: at the end, or where it fails, all arrays are given back.
+    What is done to them is done in order.
+    """
+
+    def __enter__(self) -> Memory:
+        """Begin a request."""
+        ...
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Give all arrays back."""
+        ...
+
+    def array(self, values: NDArray[Any]) -> Array:
+        """Values of the host, which stay as they are until something is read back."""
+        ...
+
+    def zeros(self, shape: tuple[int, ...]) -> Array:
+        """Float32 zeros."""
+        ...
+
+    def get(self, array: Array) -> NDArray[Any]:
+        """The values of an array, for the host to read."""
+        ...
+
+    def copy(self, source: Array, into: Array) -> None:
+        """Copy values into an array, or a part of one, of their shape."""
+        ...
+
+    def add(self, part: Array, older: Array) -> None:
+        """Add values to an array, or to a part of one."""
+        ...
+
+    def run(self, graph: str, feeds: Arrays, outputs: Sequence[str]) -> dict[str, Array]:
+        """Run a graph of the bundle; its outputs stay here.
+
+        Raises:
+            BundleError: as `Session.run`, or as the session is opened.
+        """
+        ...
+
+    def sampler(
+        self, advance: Advance, shape: tuple[int, ...]
+    ) -> Callable[[int, Array, Array], Array]:
+        """What does `advance` here, on samples of a shape.
+
+        What it gives is there until it has been called twice more.
+
+        Raises:
+            BundleError: it is done by a graph, which the bundle lacks.
+        """
+        ...
+
+
+class HostMemory:
+    """`Memory` of backends that compute where the host does: arrays of numpy."""
+
+    def __init__(self, session: Callable[[str], Session]) -> None:
+        """`session` opens a graph."""
+        self._session = session
+
+    def __enter__(self) -> HostMemory:
+        """Nothing has to be taken."""
+        return self
+
+    def __exit__(self, *why: object) -> None:
+        """Arrays go when nobody holds them."""
+
+    def array(self, values: NDArray[Any]) -> Array:
+        """The values themselves."""
+        return values
+
+    def zeros(self, shape: tuple[int, ...]) -> Array:
+        """Float32 zeros."""
+        return np.zeros(shape, np.float32)
+
+    def get(self, array: Array) -> NDArray[Any]:
+        """The array itself."""
+        found: NDArray[Any] = array
+        return found
+
+    def copy(self, source: Array, into: Array) -> None:
+        """Copy values into an array."""
+        into[...] = source
+
+    def add(self, part: Array, older: Array) -> None:
+        """Add values to an array."""
+        part += older
+
+    def run(self, graph: str, feeds: Arrays, outputs: Sequence[str]) -> dict[str, Array]:
+        """Run a graph of the bundle."""
+        return self._session(graph).run(feeds, outputs)
+
+    def sampler(
+        self, advance: Advance, shape: tuple[int, ...]
+    ) -> Callable[[int, Array, Array], Array]:
+        """Numpy does it, and gives an array of its own each time."""
+        del shape
+        return advance
 
 
 class Backend(Protocol):
@@ -118,6 +235,10 @@ class Backend(Protocol):
         Raises:
             BundleError: the runtime cannot load it, as where memory runs out.
         """
+        ...
+
+    def memory(self, session: Callable[[str], Session]) -> Memory:
+        """The memory of one request, whose graphs are opened by `session`."""
         ...
 
     def profile(self, graph: GraphFile, feeds: Arrays, runs: int) -> list[NodeTime]:

@@ -15,7 +15,14 @@ from numpy.typing import NDArray
 
 from ditcast.errors import BundleError, UnsupportedError
 from ditcast.progress import say
-from ditcast.runtime.backends.base import Arrays, GraphFile, NodeTime, Session, failure
+from ditcast.runtime.backends.base import (
+    Arrays,
+    GraphFile,
+    HostMemory,
+    NodeTime,
+    Session,
+    failure,
+)
 from ditcast.runtime.backends.loadcache import LoadCache, machine_facts
 from ditcast.settings import Settings
 
@@ -110,6 +117,7 @@ class OnnxRuntimeBackend:
     name = "onnxruntime"
     target = "onnxruntime"
     loops: tuple[str, ...] = ("host", "graph")
+    memory = HostMemory
     integer_kernels = frozenset({"MatMulIntegerToFloat", "QLinearMatMul", "QGemm", "QLinearConv"})
 
     def __init__(self, settings: Settings) -> None:

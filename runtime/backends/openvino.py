@@ -13,7 +13,14 @@ from numpy.typing import NDArray
 
 from ditcast.errors import UnsupportedError
 from ditcast.progress import say
-from ditcast.runtime.backends.base import Arrays, GraphFile, NodeTime, Session, failure
+from ditcast.runtime.backends.base import (
+    Arrays,
+    GraphFile,
+    HostMemory,
+    NodeTime,
+    Session,
+    failure,
+)
 from ditcast.runtime.backends.loadcache import LoadCache, machine_facts
 from ditcast.runtime.backends.onnxruntime import in_place
 from ditcast.settings import Settings
@@ -133,6 +140,7 @@ class OpenVinoBackend:
     name = "openvino"
     target = "openvino"
     loops: tuple[str, ...] = ("host",)  # it runs a whole ONNX Loop many times slower than its steps
+    memory = HostMemory
 
     def __init__(self, settings: Settings) -> None:
         """Find out how this CPU multiplies integers.

@@ -2,99 +2,135 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from math import prod
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ditcast.errors import BundleError, ConfigError, UnsupportedError
-from ditcast.runtime.backends.base import Arrays, GraphFile, NodeTime, Session
-from ditcast.runtime.backends.device import CudaDevice, Device
+from ditcast.runtime.backends.base import Array, Arrays, GraphFile, Memory, NodeTime, Session
+from ditcast.runtime.backends.device import ALIGNMENT, CudaDevice, Device, DeviceArray
 from ditcast.runtime.backends.gpu import find_gpu
+from ditcast.runtime.backends.resident import DeviceMemory
 from ditcast.runtime.backends.tensorrt import load, no_gpu
 from ditcast.settings import Settings
 
+Kind = tuple[tuple[int, ...], np.dtype[Any]]  # shape and type of a tensor
+
 
 class TensorRtSession:
-    """One engine with its context, and a buffer on the device for each of its tensors."""
+    """One engine with its context, and a buffer on the device for each tensor of the host."""
 
     def __init__(self, trt: Any, engine: Any, device: Device, graph: GraphFile) -> None:
         """Read the engine's tensors; buffers are allocated when the first inputs come."""
         self._buffers: dict[str, tuple[int, int]] = {}  # address and size
+        self._shapes: dict[str, tuple[int, ...]] = {}  # as the context knows them
         self._engine, self._device, self._graph = engine, device, graph
         self._context = engine.create_execution_context()
         names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
         modes = {name: engine.get_tensor_mode(name) for name in names}
         self._inputs = [n for n in names if modes[n] == trt.TensorIOMode.INPUT]
         self._outputs = [n for n in names if modes[n] == trt.TensorIOMode.OUTPUT]
-        self._types = {name: trt.nptype(engine.get_tensor_dtype(name)) for name in names}
+        self._types = {name: np.dtype(trt.nptype(engine.get_tensor_dtype(name))) for name in names}
 
     def run(self, feeds: Arrays, outputs: Sequence[str]) -> dict[str, NDArray[Any]]:
         """Compute the named outputs."""
-        self._feed(feeds)
-        found = {
-            name: np.empty(tuple(self._context.get_tensor_shape(name)), self._types[name])
-            for name in self._outputs
-        }
-        self._execute(found, outputs)
-        return {name: found[name] for name in outputs}
+        found = {name: np.empty(*kind) for name, kind in self.outputs(feeds, outputs).items()}
+        self.run_into(feeds, found)
+        return found
+
+    def outputs(self, feeds: Arrays, names: Sequence[str]) -> dict[str, Kind]:
+        """Shape and type of some outputs."""
+        self._shape(feeds)
+        return {name: self._kind(name) for name in names}
 
     def run_into(self, feeds: Arrays, buffers: Arrays) -> None:
-        """Compute the outputs that `buffers` names into its arrays."""
-        self._feed(feeds)
-        found = dict(buffers)
-        for name in self._outputs:
-            shape = tuple(self._context.get_tensor_shape(name))
-            held = found.setdefault(name, np.empty(shape, self._types[name]))
-            if held.shape != shape or held.dtype != self._types[name]:
-                raise ConfigError(
-                    f"{self._graph.path.name}: the buffer for {name} is {held.dtype} "
-                    f"{list(held.shape)}, expected {np.dtype(self._types[name])} {list(shape)}"
-                )
-            if not (held.flags.c_contiguous and held.flags.writeable):
-                raise ConfigError(
-                    f"{self._graph.path.name}: the buffer for {name} is not contiguous and "
-                    "writeable; give an array of its own"
-                )
-        self._execute(found, list(buffers))
+        """Compute the outputs that `buffers` names into its arrays.
 
-    def _feed(self, feeds: Arrays) -> None:
-        """Shapes and values of all inputs; the arrays have to live until the end of the run."""
-        self._held = []
+        Arrays of the device are read and written where they are, and not waited for.
+        """
+        self._shape(feeds)
+        for name, held in buffers.items():
+            self._check(name, held)
         for name in self._inputs:
-            if name not in feeds:
-                raise ConfigError(f"{self._graph.path.name}: no value for its input {name}")
-            array = np.asarray(feeds[name], self._types[name], order="C")
-            low = high = tuple(self._engine.get_tensor_shape(name))
-            if -1 in low:
-                low, _, high = map(tuple, self._engine.get_tensor_profile_shape(name, 0))
-            fits = len(array.shape) == len(low) and all(
-                a <= n <= b for a, n, b in zip(low, array.shape, high, strict=True)
-            )
-            if not fits:
-                raise ConfigError(
-                    f"{self._graph.path.name}: got {name} {list(array.shape)}, and its engine "
-                    f"takes {list(low)} to {list(high)}; use a smaller batch, or compile a bundle "
-                    "with a larger --batch"
-                )
-            self._context.set_input_shape(name, array.shape)
-            self._device.upload(array, self._buffer(name, array.nbytes))
-            self._held.append(array)
-
-    def _execute(self, found: Arrays, wanted: Sequence[str]) -> None:
+            self._context.set_tensor_address(name, self._source(name, feeds[name]))
         for name in self._outputs:
-            self._buffer(name, found[name].nbytes)
-        for name, (address, _) in self._buffers.items():
-            self._context.set_tensor_address(name, address)
+            self._context.set_tensor_address(name, self._target(name, buffers.get(name)))
         if not self._context.execute_async_v3(self._device.stream):
             raise BundleError(
                 f"{self._graph.path.name}: its engine fails; look at the lines above, and build it "
                 "again with: ditcast build"
             )
-        for name in wanted:
-            self._device.download(self._buffers[name][0], found[name])
-        self._device.wait()
+        outside = {n: held for n, held in buffers.items() if not isinstance(held, DeviceArray)}
+        for name, held in outside.items():
+            self._device.download(self._buffers[name][0], held)
+        if outside:
+            self._device.wait()
+
+    def _kind(self, output: str) -> Kind:
+        """Shape and type of an output, for the shapes of the inputs."""
+        return tuple(self._context.get_tensor_shape(output)), self._types[output]
+
+    def _shape(self, feeds: Arrays) -> None:
+        """Tell the shapes of all inputs, where they are others than before."""
+        for name in self._inputs:
+            if name not in feeds:
+                raise ConfigError(f"{self._graph.path.name}: no value for its input {name}")
+            shape = feeds[name].shape
+            if shape == self._shapes.get(name):
+                continue
+            low = high = tuple(self._engine.get_tensor_shape(name))
+            if -1 in low:
+                low, _, high = map(tuple, self._engine.get_tensor_profile_shape(name, 0))
+            fits = len(shape) == len(low) and all(
+                a <= n <= b for a, n, b in zip(low, shape, high, strict=True)
+            )
+            if not fits:
+                raise ConfigError(
+                    f"{self._graph.path.name}: got {name} {list(shape)}, and its engine "
+                    f"takes {list(low)} to {list(high)}; use a smaller batch, or compile a bundle "
+                    "with a larger --batch"
+                )
+            self._context.set_input_shape(name, shape)
+            self._shapes[name] = shape
+
+    def _source(self, name: str, value: Array) -> int:
+        """Where an input lies: an array of the host is uploaded, a part may have to be aligned."""
+        if not isinstance(value, DeviceArray):
+            array = np.asarray(value, self._types[name], order="C")
+            address = self._buffer(name, array.nbytes)
+            self._device.upload(array, address)
+            return address
+        if value.address % ALIGNMENT == 0:
+            return value.address
+        address = self._buffer(name, value.nbytes)
+        self._device.copy(value.address, address, value.nbytes)
+        return address
+
+    def _target(self, name: str, held: Array | None) -> int:
+        """Where an output goes, be it asked for or not."""
+        if isinstance(held, DeviceArray):
+            return held.address
+        shape, dtype = self._kind(name)
+        return self._buffer(name, prod(shape) * dtype.itemsize)
+
+    def _check(self, name: str, held: Array) -> None:
+        """Refuse an array that an output does not fit."""
+        shape, dtype = self._kind(name)
+        if held.shape != shape or held.dtype != dtype:
+            raise ConfigError(
+                f"{self._graph.path.name}: the buffer for {name} is {held.dtype} "
+                f"{list(held.shape)}, expected {dtype} {list(shape)}"
+            )
+        if isinstance(held, DeviceArray):
+            return
+        if not (held.flags.c_contiguous and held.flags.writeable):
+            raise ConfigError(
+                f"{self._graph.path.name}: the buffer for {name} is not contiguous and "
+                "writeable; give an array of its own"
+            )
 
     def _buffer(self, name: str, size: int) -> int:
         """The address of a tensor's buffer, which only grows; an empty tensor has one too."""
@@ -109,8 +145,7 @@ class TensorRtSession:
 
     def close(self) -> None:
         """Give the buffers back; a session that nobody holds does it by itself."""
-        if self._buffers:
-            self._device.wait()
+        self._device.wait()  # for what it computes for others, too
         while self._buffers:
             self._device.free(self._buffers.popitem()[1][0])
 
@@ -173,6 +208,10 @@ class TensorRtBackend:
                 f"build {graph.bundle.path if graph.bundle else 'BUNDLE'} --backend {self.name}"
             )
         return TensorRtSession(self._trt, engine, self.device, graph)
+
+    def memory(self, session: Callable[[str], Session]) -> Memory:
+        """Arrays of the device, which its sessions read and write in place."""
+        return DeviceMemory(self.device, session)
 
     def profile(self, graph: GraphFile, feeds: Arrays, runs: int) -> list[NodeTime]:
         """Engines are audited by what their builder said.

@@ -243,10 +243,9 @@ class Bundle:
                     )
                 return self.file(graph.path)
         held = sorted({graph.target for graph in self.manifest.graphs})
-        cure = f"make it with: ditcast export {self.path} --target {target}"
         raise BundleError(
-            f"bundle: {self.path} has no graph {name!r} for target {target!r}; "
-            f"it has targets {', '.join(held)}{'' if target in held else f'; {cure}'}"
+            f"bundle: {self.path} has no graph {name!r} for target {target!r}; it has targets "
+            f"{', '.join(held)}; make it with: ditcast export {self.path} --target {target}"
         )
 
     def graphs_made_from(self) -> str:

@@ -13,6 +13,7 @@ which is what makes both loops agree bit for bit.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -145,6 +146,31 @@ def update(x: Any, output: Any, noise: Any, row: Coefficients, clip: float | Non
 def correct(x: Any, gain: Any, offset: Any) -> Any:
     """Variance correction of a sample (n, C, H, W) by constants (C,) of its step."""
     return x * gain.reshape(-1, 1, 1) + offset.reshape(-1, 1, 1)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Advance:
+    """What follows each step of a request: guidance, the sampler's update, the correction.
+
+    `table` (T, 6) is that of `coefficients`. `noise` (T, n, C, H, W) is None where the sampler has
+    none, and so are `gain` and `offset` (T, C) where nothing is corrected.
+    """
+
+    guidance: float
+    table: NDArray[np.float32]
+    clip: float | None
+    noise: Any = None
+    gain: Any = None
+    offset: Any = None
+
+    def __call__(self, step: int, x: Any, output: Any) -> Any:
+        """The next sample (n, C, H, W) of this one and of the network's output (N, C', H, W)."""
+        output = guide(output, len(x), x.shape[1], self.guidance)
+        noise = None if self.noise is None else self.noise[step]
+        x = update(x, output, noise, Coefficients(*self.table[step].tolist()), self.clip)
+        if self.gain is None or self.offset is None:
+            return x
+        return correct(x, self.gain[step], self.offset[step])
 
 
 def draw_noises(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from torch import Tensor
 from ditcast import tensors
 from ditcast.bundle import Bundle
 from ditcast.calibrate.qparams import LayerScales, QParams
+from ditcast.errors import BundleError
+from ditcast.export import to_onnx
 from ditcast.export.quantize import insert_qdq
 from ditcast.export.targets import TARGETS, encodings
 from ditcast.export.tensorrt import block_scales
@@ -67,7 +70,7 @@ def test_the_encoding(typed_bundle: Bundle) -> None:
             assert nodes[f"{layer}/MatMul/{i}"].input[1] == f"{layer}/weight/{i}"
 
 
-@pytest.mark.parametrize("name", ["temporal", "full", "reuse", "sampler"])
+@pytest.mark.parametrize("name", ["temporal", "full", "reuse", "add", "update", "sampler"])
 def test_the_operators(typed_bundle: Bundle, name: str) -> None:
     """Only what its parser takes, at every depth."""
     found, todo = set(), [load(typed_bundle, name).graph]
@@ -76,7 +79,35 @@ def test_the_operators(typed_bundle: Bundle, name: str) -> None:
             found.add(node.op_type)
             todo += [a.g for a in node.attribute if a.type == onnx.AttributeProto.GRAPH]
     assert not found & REFUSED
-    assert ("Cast" in found) == (name != "temporal")
+    assert ("Cast" in found) == (name in ("full", "reuse", "sampler"))
+
+
+def test_a_target_that_an_older_version_wrote(
+    typed_bundle: Bundle, tiny: LoadedModel, tmp_path: Path
+) -> None:
+    """Without the graphs between steps; it is written again, and the others stay."""
+    shutil.copytree(typed_bundle.path, tmp_path / "b")
+    bundle = Bundle.open(tmp_path / "b")
+    names, graphs = ("add", "update"), bundle.manifest.graphs
+    kept = tuple(graph for graph in graphs if graph.name not in names)
+    bundle.commit({"graphs": kept}, tuple(f"graphs/tensorrt/{name}.onnx" for name in names))
+    message = "no graph 'update' for target 'tensorrt'; .*ditcast export .* --target tensorrt"
+    with pytest.raises(BundleError, match=message):
+        bundle.graph("tensorrt", "update")
+    others = bundle.file("graphs/onnxruntime/full.onnx").stat().st_mtime_ns
+    to_onnx(bundle, tiny, ["tensorrt"])
+    assert {(g.target, g.name) for g in bundle.manifest.graphs} == {
+        (g.target, g.name) for g in graphs
+    }
+    assert bundle.file("graphs/onnxruntime/full.onnx").stat().st_mtime_ns == others
+    bundle.verify()
+
+
+def test_what_lies_between_steps_is_exact(typed_bundle: Bundle) -> None:
+    """Sums and the sampler's update are those of torch, to the last bit."""
+    parity = {g.name: g.parity for g in typed_bundle.manifest.graphs if g.target == "tensorrt"}
+    for name in ("add", "update"):
+        assert parity[name]["max_abs_of_range"] == 0
 
 
 def test_the_codes_are_those_of_onnx_runtime(typed_bundle: Bundle, tmp_path: Path) -> None:

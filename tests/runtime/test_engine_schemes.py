@@ -100,7 +100,7 @@ def test_no_layer_is_lost(tiny: LoadedModel, tmp_path: Path, name: str) -> None:
 
 
 def test_the_embedded_model(tmp_path: Path) -> None:
-    """All four graphs in W8A8."""
+    """All graphs in W8A8."""
     keys: dict[str, Any] = {"steps": 20, "samples": 8, "batch": 4, "interval": 3}
     bundle = make_bundle(load("emoji"), tmp_path / "b", ("tensorrt",), **keys)
     found = audited(bundle)
@@ -108,6 +108,8 @@ def test_the_embedded_model(tmp_path: Path) -> None:
         "temporal",
         "full",
         "reuse",
+        "add",
+        "update",
         "sampler",
     }
     for graph in ("full", "sampler"):

@@ -59,7 +59,7 @@ def test_every_graph_is_built_and_kept(
     """For three generations in one plan; a second build builds nothing."""
     bundle = build(typed_bundle, tmp_path / "b", rtx)
     engines = {engine.graph: engine for engine in bundle.manifest.engines}
-    assert [*engines] == ["temporal", "full", "reuse", "sampler"]
+    assert [*engines] == ["temporal", "full", "reuse", "add", "update", "sampler"]
     for engine in engines.values():
         assert engine.path.startswith(f"engines/tensorrt-rtx-{rtx.version}-sm80+sm89+sm120-")
         assert layers_of(bundle, engine)

@@ -16,7 +16,7 @@ from ditcast.cache import StepPlan
 from ditcast.errors import BundleError, ConfigError
 from ditcast.runtime import Pipeline
 from ditcast.runtime.backends import GraphFile, NodeTime, Session
-from ditcast.runtime.backends.base import Arrays
+from ditcast.runtime.backends.base import Arrays, HostMemory
 from ditcast.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from ditcast.runtime.images import psnr_db, to_unit
 from ditcast.runtime.pipeline import Cache, Step
@@ -218,6 +218,7 @@ class Recorder:
 
     name, target = "null", "reference"
     loops: tuple[str, ...] = ("host", "graph")
+    memory = HostMemory
 
     def __init__(self, features: int) -> None:
         """Nothing was asked yet; features have that many columns."""
@@ -279,8 +280,7 @@ def test_which_graphs_a_request_runs(shared_bundle: Bundle) -> None:
     recorder = Recorder(shared_bundle.manifest.model.features)
     pipeline = Pipeline(shared_bundle, backend=recorder)
     pipeline.sample([3, 3, 1])
-    kinds = {True: "full", False: "reuse"}
-    graphs = ["temporal", *(kinds[full] for full in FULL)]
+    graphs = ["temporal", *("full" if full else "reuse" for full in FULL)]
     assert [asked.graph for asked in recorder.asked] == graphs
     image, slot = (6, 3, 16, 16), (6, 16, 64)  # three images with guidance
     for asked in recorder.of("full"):

@@ -289,18 +289,19 @@ def test_a_type_that_the_device_lacks(
         built(make(), tmp_path, "w8a8", capability)
 
 
+@pytest.mark.parametrize(("graph", "builds"), [("full", 6), ("sampler", 3)])
 def test_plans_are_the_same_bytes(
-    typed_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    typed_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, graph: str, builds: int
 ) -> None:
     """Whatever the environment, the seed of hashes, and the folder, which differ by user.
 
-    One of six may be another: beside other work, one of about 290 is (see the module).
+    One may be another: beside other work, one of about 290 is (see the module).
     """
-    profile = profile_of(typed_bundle.manifest, "full")
-    elsewhere = tmp_path / "a folder with a long name" / "full.onnx"
-    shutil.copytree(typed_bundle.graph("tensorrt", "full").parent, elsewhere.parent)
+    profile, here = profile_of(typed_bundle.manifest, graph), typed_bundle.graph("tensorrt", graph)
+    elsewhere = tmp_path / "a folder with a long name" / here.name
+    shutil.copytree(here.parent, elsewhere.parent)
     plans = []
-    for seed, path in enumerate([typed_bundle.graph("tensorrt", "full"), *[elsewhere] * 5]):
+    for seed, path in enumerate([here, *[elsewhere] * (builds - 1)]):
         monkeypatch.setenv("PYTHONHASHSEED", str(seed))
         monkeypatch.setenv("SOMETHING_LONG", "x" * 100 * seed)
         plans.append(builder("8.0", "8.9", "12.0").build(GraphFile(path=path), profile).plan)

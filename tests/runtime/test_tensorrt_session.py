@@ -1,4 +1,4 @@
-"""Sessions over engines, with a device that is made of host memory and computes with ONNX Runtime.
+"""Sessions over engines, with the device of `fake_gpu`.
 
 What is real: the session, its buffers, their order and lifetimes, the search for engines, the
 checks before a plan is loaded. The fakes have the names that the real modules have, which is
@@ -7,6 +7,7 @@ checked too.
 
 from __future__ import annotations
 
+import ast
 import importlib
 import shutil
 import sys
@@ -15,7 +16,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import onnxruntime
 import pytest
 from numpy.typing import NDArray
 
@@ -23,11 +23,11 @@ from ditcast.bundle import Bundle
 from ditcast.cache.learned import KEPT
 from ditcast.calibrate import router
 from ditcast.errors import BundleError, ConfigError, UnsupportedError
-from ditcast.manifest import Engine
 from ditcast.models import LoadedModel
 from ditcast.runtime import Pipeline
 from ditcast.runtime.backends import GraphFile, graph_file, make_backend
 from ditcast.runtime.backends import tensorrt_session as sessions
+from ditcast.runtime.backends.base import HostMemory
 from ditcast.runtime.backends.gpu import Gpu, find_gpu
 from ditcast.runtime.backends.tensorrt import EngineBuilder
 from ditcast.runtime.choice import check_backend
@@ -35,123 +35,10 @@ from ditcast.runtime.engineaudit import audit_engines
 from ditcast.runtime.engines import build_engines
 from ditcast.settings import Settings
 from tests.conftest import Cli, make_bundle
+from tests.fake_gpu import FakeContext, FakeDevice, FakeEngine, plug_in
 
 trt = pytest.importorskip("tensorrt_rtx")
 pytestmark = pytest.mark.tensorrt
-TYPES = {"tensor(float)": trt.DataType.FLOAT, "tensor(int64)": trt.DataType.INT64}
-
-
-class FakeDevice:
-    """Host memory by address; an access outside an allocation, or to one given back, fails."""
-
-    stream = 7
-
-    def __init__(self) -> None:
-        self.memory: dict[int, NDArray[np.uint8]] = {}
-        self.next, self.waited = 1 << 20, True
-
-    def allocate(self, size: int) -> int:
-        assert size > 0
-        self.next += 1 << 30
-        self.memory[self.next] = np.zeros(size, np.uint8)
-        return self.next
-
-    def free(self, address: int) -> None:
-        assert self.waited  # a kernel could still use it
-        del self.memory[address]
-
-    def upload(self, array: NDArray[Any], address: int) -> None:
-        assert array.flags.c_contiguous
-        flat: NDArray[np.uint8] = np.frombuffer(array.tobytes(), np.uint8)
-        self.memory[address][: flat.size] = flat
-        self.waited = False
-
-    def download(self, address: int, array: NDArray[Any]) -> None:
-        array.view(np.uint8).reshape(-1)[:] = self.memory[address][: array.nbytes]
-        self.waited = False
-
-    def wait(self) -> None:
-        self.waited = True
-
-    def used(self) -> int:
-        return sum(held.size for held in self.memory.values())
-
-
-class FakeEngine:
-    """A graph in ONNX Runtime behind the interface of an engine; profiles are the bundle's."""
-
-    def __init__(self, path: Path, entry: Engine, device: FakeDevice) -> None:
-        self.session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-        self.entry, self.device = entry, device
-        self.inputs = {x.name: x for x in self.session.get_inputs()}
-        self.tensors = self.inputs | {x.name: x for x in self.session.get_outputs()}
-        self.names: list[str] = list(self.tensors)
-        self.num_io_tensors = len(self.names)
-        self.fails = False
-
-    def get_tensor_name(self, i: int) -> str:
-        return self.names[i]
-
-    def get_tensor_mode(self, name: str) -> Any:
-        return trt.TensorIOMode.INPUT if name in self.inputs else trt.TensorIOMode.OUTPUT
-
-    def get_tensor_dtype(self, name: str) -> Any:
-        return TYPES[self.tensors[name].type]
-
-    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
-        return tuple(-1 if isinstance(n, str) else n for n in self.tensors[name].shape)
-
-    def get_tensor_profile_shape(self, name: str, index: int) -> list[tuple[int, ...]]:
-        assert index == 0
-        axes = self.entry.profile.get(name, {})
-        return [
-            tuple(axes[str(i)][k] if isinstance(n, str) else n for i, n in enumerate(shape))
-            for k, shape in enumerate([self.tensors[name].shape] * 3)
-        ]
-
-    def create_execution_context(self) -> FakeContext:
-        return FakeContext(self)
-
-
-class FakeContext:
-    """Computes on the device's memory when it is asked to."""
-
-    def __init__(self, engine: FakeEngine) -> None:
-        self.engine = engine
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        self.addresses: dict[str, int] = {}
-
-    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> None:
-        self.shapes[name] = shape
-
-    def set_tensor_address(self, name: str, address: int) -> None:
-        self.addresses[name] = address
-
-    def feeds(self) -> dict[str, NDArray[Any]]:
-        found = {}
-        for name, shape in self.shapes.items():
-            dtype = np.dtype(trt.nptype(self.engine.get_tensor_dtype(name)))
-            size = int(np.prod(shape)) * dtype.itemsize
-            held = self.engine.device.memory.get(self.addresses.get(name, 0))
-            raw = bytes(size) if held is None else held[:size].tobytes()
-            found[name] = np.frombuffer(raw, dtype).reshape(shape)
-        return found
-
-    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
-        rows = {"N": self.shapes.get("sample", (0,))[0], "R": self.shapes.get("ahead", (0,))[0]}
-        rows |= {"T": self.shapes.get("timesteps", (0,))[0], "n": self.shapes.get("noise", (0,))[0]}
-        rows["U"] = self.shapes.get("class_labels", (0,))[0]
-        return tuple(rows.get(n, n) for n in self.engine.tensors[name].shape)
-
-    def execute_async_v3(self, stream: int) -> bool:
-        assert stream == FakeDevice.stream
-        if self.engine.fails:
-            return False
-        outputs = [x.name for x in self.engine.session.get_outputs()]
-        found = self.engine.session.run(outputs, self.feeds())
-        for name, array in zip(outputs, found, strict=True):
-            self.engine.device.upload(np.ascontiguousarray(array), self.addresses[name])
-        return True
 
 
 @pytest.fixture(scope="module")
@@ -171,25 +58,6 @@ def gpu(built: Bundle, monkeypatch: pytest.MonkeyPatch) -> FakeDevice:
     return plug_in(built, monkeypatch)
 
 
-def plug_in(built: Bundle, monkeypatch: pytest.MonkeyPatch) -> FakeDevice:
-    """A machine that has an Ada GPU, as far as the backend can see."""
-    device, plans = FakeDevice(), {}
-    for entry in built.manifest.engines:
-        plans[built.file(entry.path).read_bytes()] = entry
-
-    def deserialize(plan: bytes) -> FakeEngine:
-        if plan in plans:
-            return FakeEngine(built.graph("tensorrt", plans[plan].graph), plans[plan], device)
-        (full,) = (entry for entry in plans.values() if entry.graph == "full")
-        return FakeEngine(built.graph("reference", "full"), full, device)
-
-    runtime = SimpleNamespace(deserialize_cuda_engine=deserialize)
-    monkeypatch.setattr(sessions, "find_gpu", lambda: Gpu("a GPU", "8.9", 1000))
-    monkeypatch.setattr(sessions, "CudaDevice", lambda: device)
-    monkeypatch.setattr(trt, "Runtime", lambda logger: runtime)
-    return device
-
-
 @pytest.mark.parametrize("loop", ["host", "graph"])
 def test_a_pipeline_over_engines(built: Bundle, gpu: FakeDevice, loop: Any) -> None:
     """The samples of ONNX Runtime on the same graphs, batches of one and two."""
@@ -200,7 +68,7 @@ def test_a_pipeline_over_engines(built: Bundle, gpu: FakeDevice, loop: Any) -> N
         np.testing.assert_allclose(
             found, wanted.sample(labels, seed=2, loop=loop), rtol=0, atol=1e-5
         )
-    assert gpu.waited
+    assert not gpu.queue
     assert pipeline.backend.facts()["compute_capability"] == "8.9"
     assert gpu.memory
     del pipeline
@@ -218,7 +86,15 @@ def test_a_learned_cache(
     keys: dict[str, Any] = {"cache": "learned", "router": str(tmp_path / "router.safetensors")}
     bundle = make_bundle(tiny, tmp_path / "b", ("tensorrt",), **keys)
     engines = build_engines(bundle, EngineBuilder("tensorrt-rtx", ("8.9",)))
-    assert [x.graph for x in engines] == ["temporal", "full", "reuse", "partial", "sampler"]
+    assert [x.graph for x in engines] == [
+        "temporal",
+        "full",
+        "reuse",
+        "partial",
+        "add",
+        "update",
+        "sampler",
+    ]
     rows = {"0": (1, 4, 4)}
     names = ("sample", "features", *(f"cache.{k}" for k in range(4)))
     assert engines[3].profile == dict.fromkeys(names, rows)
@@ -234,6 +110,10 @@ def test_a_learned_cache(
         for loop in ("host", "graph"):
             found, same = (p.sample(labels, seed=2, loop=loop) for p in (pipeline, wanted))
             np.testing.assert_allclose(found, same, rtol=0, atol=1e-5)
+        resident = pipeline.sample(labels, seed=2)
+        with monkeypatch.context() as patch:
+            patch.setattr(type(pipeline.backend), "memory", HostMemory)
+            np.testing.assert_array_equal(pipeline.sample(labels, seed=2), resident)
 
 
 def test_buffers_are_used_again_and_given_back(built: Bundle, gpu: FakeDevice) -> None:
@@ -278,7 +158,7 @@ def test_what_an_engine_does_not_take(built: Bundle, gpu: FakeDevice) -> None:
     ):
         with pytest.raises(ConfigError, match=f"reuse.onnx: the buffer for output {message}"):
             session.run_into(feeds(2), {"output": buffer})
-    session._engine.fails = True
+    session._engine.runs_left = 0
     with pytest.raises(BundleError, match="reuse.onnx: its engine fails; .*ditcast build"):
         session.run(feeds(2), ["output"])
 
@@ -336,8 +216,31 @@ def test_the_names_are_those_of_the_library() -> None:
         used = {n for n in vars(fake) if n.startswith(("get_", "set_", "create_", "execute_"))}
         assert used
         assert used <= set(dir(real))
-    assert {"num_io_tensors"} <= set(dir(trt.ICudaEngine))
-    assert {"deserialize_cuda_engine"} <= set(dir(trt.Runtime))
+
+
+def test_the_library_has_what_sessions_use() -> None:
+    """Every name that the module takes from it, by whatever variable."""
+    owners: dict[str, Any] = {
+        "self._context": trt.IExecutionContext,
+        "self._engine": trt.ICudaEngine,
+        "engine": trt.ICudaEngine,
+        "self._runtime": trt.Runtime,
+        "self._trt": trt,
+        "trt": trt,
+    }
+    used, source = set(), Path(sessions.__file__).read_text()
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Attribute):
+            continue
+        owner, held = ast.unparse(node.value), None
+        if owner in owners:
+            held = owners[owner]
+        elif owner.rpartition(".")[0] in owners:  # an enumeration of the module
+            held = getattr(owners[owner.rpartition(".")[0]], owner.rpartition(".")[2])
+        if held is not None:
+            used.add(node.attr)
+            assert hasattr(held, node.attr), ast.unparse(node)
+    assert used >= {"execute_async_v3", "num_io_tensors", "deserialize_cuda_engine", "OUTPUT"}
 
 
 @pytest.fixture
@@ -361,7 +264,14 @@ def test_the_check_of_a_gpu(
     assert [row["full_steps"] for row in rows] == [6, 4, 4]
     assert min(row["psnr_db"] for row in rows) > 60
     assert rows[0]["step_psnr_db"] > 60
-    assert set(rows[0]["plan_bytes"]) == {"temporal", "full", "reuse", "sampler"}
+    assert set(rows[0]["plan_bytes"]) == {
+        "temporal",
+        "full",
+        "reuse",
+        "add",
+        "update",
+        "sampler",
+    }
     none, fora, graph = (row["memory_mib"] for row in rows)
     assert fora > none > graph > 0  # the buffers of a reuse step, and none of the steps' at all
     row = gpu_check.float32(built, backend, EngineBuilder("tensorrt-rtx", ("8.9",)), 1)

@@ -84,6 +84,10 @@ class Request(Protocol):
         """The newest (N, ...) in front of older ones (history, N, ...), as many as before."""
         ...
 
+    def add(self, part: Array, older: Array) -> None:
+        """Add older values to a part of an output, where that lies."""
+        ...
+
 
 class Stepper:
     """Decides on each step, and runs it. Subclasses say how; see `FORMS`."""
@@ -176,7 +180,7 @@ class Forecasting(Stepper):
         for t, part in zip(later, found["forecast"], strict=True):
             if t != step:
                 if t in self.pending:  # the sum moves into the newer buffer
-                    part += self.pending[t]
+                    self.request.add(part, self.pending[t])
                 self.pending[t] = part
         return found["output"]
 
