@@ -54,6 +54,15 @@ def test_the_bits_of_copying(typed_bundle: Bundle) -> None:
     check_bits(typed_bundle, {}, {"guidance": 1.0}, {"cache": "none"}, {"spacing": "trailing"})
 
 
+def test_outputs_come_down_where_they_are_forecast(typed_bundle: Bundle) -> None:
+    """The host sums them up: those of two branches per full step, beside the last sample."""
+    check_bits(typed_bundle, {"cache": "output"}, {"cache": "output", "guidance": 1.0})
+    pipeline, _, device = over(typed_bundle)
+    pipeline.sample([3, 1], cache="output")
+    sample, full = 4 * 2 * 3 * 16 * 16, pipeline.full_steps
+    assert of_kind(device, "download") == [*[2 * sample] * full, sample]
+
+
 def test_the_bits_of_sums(summing: Bundle) -> None:
     """Forecasts from several full steps, step noise and a correction, which others go without."""
     check_bits(summing, {}, {"guidance": 1.0}, {"cache": "fora"})

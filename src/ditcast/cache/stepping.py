@@ -73,7 +73,7 @@ class Request(Protocol):
         ...
 
     def keep(self, output: Array) -> Array:
-        """A copy that lasts."""
+        """A copy of the network's output that lasts, where numbers are."""
         ...
 
     def rows(self, history: int, slots: int = 0) -> Array:
