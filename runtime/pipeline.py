@@ -17,6 +17,7 @@ from ditcast.cache.stepping import graphs as graphs_of
 from ditcast.cache.stepping import stepper
 from ditcast.errors import ConfigError
 from ditcast.manifest import REFERENCE
+from ditcast.recipe import NO_NOISE
 from ditcast.runtime.backends import Array, Backend, Memory, Session, graph_file
 from ditcast.runtime.choice import check_policy, open_backend
 from ditcast.runtime.memory import check_memory
@@ -136,6 +137,8 @@ class Pipeline:
 
     def _check_graphs(self, what: str, plan: StepPlan) -> None:
         """Refuse a plan that the bundle was not made for."""
+        if plan.form == "output" and needs_noise(self.recipe.sampler):
+            raise ConfigError(NO_NOISE)
         graphs = self.bundle.manifest.graphs
         here = {graph.name for graph in graphs if graph.target == self.target}
         if lacking := [name for name in graphs_of(plan) if name not in here]:

@@ -125,6 +125,17 @@ def test_keys_that_are_given_are_not_searched(tmp_path: Path) -> None:
     assert {p["interval"] for p in points(found)} <= {2, 3}
 
 
+@pytest.mark.parametrize(("sampler", "forecasts"), [("ddim", True), ("ddpm", False)])
+def test_outputs_are_not_forecast_over_fresh_noise(
+    tmp_path: Path, sampler: str, forecasts: bool
+) -> None:
+    """DDPM's caches are searched without the one that a recipe would refuse."""
+    base = recipes.make({"sampler": sampler})
+    goal = Goal(max_loss=0.02, count=4, seed=1, fixed={}, caches=tuning.caches(base))
+    found = search(tmp_path, goal, model, first=start(base), steps=50, trials=30)
+    assert ("output" in {point["cache"] for point in points(found)}) == forecasts
+
+
 def test_the_pareto_set_and_the_choice_by_hand() -> None:
     """The fastest that loses no more than was asked, and only if it is faster at all."""
     figures = [(1.0, 100.0), (1.8, 40.0), (1.7, 38.0), (3.0, 34.5), (4.0, 30.0), (1.02, 60.0)]

@@ -61,6 +61,10 @@ PRECISIONS: dict[str, Bits] = {
 }
 DYNAMIC = ("rcs", "relational", "first-block", "stack")  # caches that decide on the way
 PLACEABLE = ("taylor", "output")  # caches that forecast over any distance
+NO_NOISE = (
+    "cache: got output with sampler ddpm, whose fresh noise earlier outputs do not know; "
+    "expected sampler ddim, or cache taylor"
+)
 COMPARING = ("rfe", "rcs", "relational", "stack")  # caches that compare inputs across steps
 POWER = "power"  # the placement of DeepCache's non-uniform full steps
 RANGES = ("absmax", "minmax", "percentile")  # methods that find ranges, and search nothing
@@ -199,6 +203,8 @@ class Recipe(BaseModel):
     @model_validator(mode="after")
     def _cache_fits(self) -> Recipe:
         """What needs a schedule that is known, or inputs that can be compared."""
+        if self.cache == "output" and self.sampler == "ddpm":
+            raise ValueError(NO_NOISE)
         if self.threshold is not None and self.cache not in DYNAMIC:
             raise ValueError(
                 f"threshold: got {self.threshold} with cache {self.cache}, whose full steps the "

@@ -25,13 +25,14 @@ from ditcast.progress import say
 from ditcast.recipe import PLACEABLE, Recipe
 from ditcast.runtime import Pipeline, fidelity, images
 from ditcast.runtime.choice import open_backend
+from ditcast.sampling import needs_noise
 from ditcast.settings import Settings
 
 PAYS = 1.05  # a recipe that is not this much faster than full precision is not worth its loss
 HOPELESS_DB = 3.0  # so far under the limit after the first batch, a trial is given up
 SCHEMES = ("none", "w8a8", "w7a8", "w4a8")
 METHODS = ("absmax", "percentile", "mse")
-CACHES = ("none", "fora", "taylor", "output")  # plans that nothing has to be fitted to
+CACHES = ("none", "fora", "output", "taylor")  # plans that nothing has to be fitted to
 INTERVALS, ORDERS = (2, 8), (1, 2)
 STUDY, TABLE, RECIPE = "study.db", "tune.json", "recipe.yaml"
 
@@ -69,6 +70,7 @@ class Goal:
     count: int
     seed: int
     fixed: dict[str, Any]  # keys of the recipe that are not searched
+    caches: tuple[str, ...] = CACHES
 
     @property
     def min_psnr(self) -> float:
@@ -202,7 +204,7 @@ def _run(
 
     Returns its outcome in words.
     """
-    point = suggest(trial, goal.fixed, steps)
+    point = suggest(trial, goal, steps)
     known = [found for found in _finished(study) if found["point"] == asdict(point)]
     figures = {key: known[0][key] for key in ("speedup", "psnr_db", "samples")} if known else {}
     if not known:
@@ -240,8 +242,14 @@ def start(base: Recipe) -> Point:
     )
 
 
-def suggest(trial: Any, fixed: dict[str, Any], steps: int) -> Point:
+def caches(base: Recipe) -> tuple[str, ...]:
+    """Those that go with a recipe's sampler: outputs are not forecast over fresh noise."""
+    return tuple(name for name in CACHES if name != "output" or not needs_noise(base.sampler))
+
+
+def suggest(trial: Any, goal: Goal, steps: int) -> Point:
     """The next point of a study; keys of the recipe that were given are not searched."""
+    fixed = goal.fixed
 
     def choose(name: str, choices: tuple[str, ...]) -> str:
         return str(fixed[name] if name in fixed else trial.suggest_categorical(name, choices))
@@ -250,7 +258,7 @@ def suggest(trial: Any, fixed: dict[str, Any], steps: int) -> Point:
         return int(fixed[name] if name in fixed else trial.suggest_int(name, low, high))
 
     scheme = choose("scheme", SCHEMES)
-    cache = choose("cache", CACHES)
+    cache = choose("cache", goal.caches)
     return Point(
         scheme=scheme,
         method=choose("method", METHODS) if scheme != "none" else METHODS[0],

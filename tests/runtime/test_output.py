@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 from torch import Tensor
 
+from ditcast import recipe as recipes
 from ditcast.bundle import Bundle
 from ditcast.cache import make_plan
 from ditcast.calibrate.trajectory import sample
+from ditcast.errors import ConfigError
 from ditcast.export import to_onnx
 from ditcast.models import LoadedModel, load
 from ditcast.runtime import Pipeline, Step
@@ -91,6 +93,22 @@ def test_every_bundle_can_run_it(shared_bundle: Bundle, cli: Cli, tmp_path: Path
     out = tmp_path / "out.npy"
     command = ("sample", shared_bundle.path, "-o", out, "--labels", 0, "--steps", 12)
     assert cli(*command, "--cache", "output", "--strict").code == 0
+
+
+def test_fresh_noise_is_refused(other_bundle: Bundle) -> None:
+    """DDPM adds noise that only the network could take away again: 8 dB instead of 38."""
+    match = (
+        "cache: got output with sampler ddpm, whose fresh noise earlier outputs do not know; exp"
+    )
+    with pytest.raises(ConfigError, match=match):
+        recipes.make({"cache": "output", "sampler": "ddpm"})
+    pipeline = Pipeline(other_bundle)
+    with pytest.raises(ConfigError, match=match):
+        pipeline.sample([0], cache="output")
+    slots = len(other_bundle.manifest.model.slots)
+    plan = make_plan("output", steps=6, interval=2, slots=slots)
+    with pytest.raises(ConfigError, match=match):
+        pipeline.sample([0], steps=6, cache=plan)
 
 
 def test_full_steps_are_placed(tiny: LoadedModel, tmp_path: Path) -> None:

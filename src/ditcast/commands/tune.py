@@ -76,7 +76,9 @@ def tune(
     tuning.check(base, fixed)
     loaded = load_model(model)
     output.mkdir(parents=True, exist_ok=True)
-    goal = tuning.Goal(max_loss=max_loss, count=images, seed=base.seed + 1, fixed=fixed)
+    goal = tuning.Goal(
+        max_loss=max_loss, count=images, seed=base.seed + 1, fixed=fixed, caches=tuning.caches(base)
+    )
     bench = tuning.Bench(compiler(loaded, base, output, backend), base, backend, settings, goal)
     seconds = float("inf") if minutes is None else 60 * minutes
     found = tuning.search(
