@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -64,10 +67,15 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _traced_once() -> Iterator[None]:
-    """Equal modules are traced once."""
+def _traced_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Equal modules are traced once in all workers, by a table of operators that is read once."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "traces"
+    folder.mkdir(exist_ok=True)
+    apis = importlib.import_module("torch.onnx._internal._lazy_import").onnxscript_apis
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stage, "trace", remembering(trace))
+        patch.setattr(stage, "trace", remembering(trace, folder))
+        patch.setattr(apis, "get_torchlib_ops", functools.cache(apis.get_torchlib_ops))
         yield
 
 
@@ -132,14 +140,10 @@ def other_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
 
 @pytest.fixture(scope="session")
-def typed_bundle(
-    shared_bundle: Bundle, tiny: LoadedModel, tmp_path_factory: pytest.TempPathFactory
-) -> Bundle:
+def typed_bundle(tiny: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """The W8A8 bundle with the graphs of TensorRT too; never write to it."""
     path = tmp_path_factory.mktemp("typed") / "typed.bundle"
-    shutil.copytree(shared_bundle.path, path)
-    to_onnx(Bundle.open(path), tiny, ["tensorrt"])
-    return Bundle.open(path)
+    return make_bundle(tiny, path, ("onnxruntime", "tensorrt"))
 
 
 @pytest.fixture(scope="session")
