@@ -29,6 +29,7 @@ from ditcast.models.base import describe
 from tests import unets
 from tests.tracing import remembering
 
+TOOLS = Path(__file__).parents[1] / "tools"
 CLASSES = 5
 TINY: dict[str, Any] = {
     "num_attention_heads": 2,
@@ -196,6 +197,25 @@ def cli(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> C
         with pytest.raises(SystemExit) as exit_:
             main()
         return Result(exit_.value.code, *capfd.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def run_tool(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Cli:
+    """Run a program of `tools/`, given by its name, in this process."""
+    monkeypatch.syspath_prepend(str(TOOLS))
+
+    def run(name: str, *arguments: object) -> Result:
+        main = importlib.import_module(name).main
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        capfd.readouterr()
+        code: object = 0
+        try:
+            main()
+        except SystemExit as exit_:
+            code = exit_.code
+        return Result(code, *capfd.readouterr())
 
     return run
 
