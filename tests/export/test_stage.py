@@ -216,19 +216,6 @@ def test_a_killed_export_is_repeated(
     assert not (found.path / ".staging").exists()
 
 
-@pytest.mark.parametrize(("scheme", "times"), [("w8a8", 1), ("w6a6", 2)])
-def test_a_model_is_traced_again_only_where_its_graphs_change(
-    model: LoadedModel,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    scheme: str,
-    times: int,
-) -> None:
-    """Q/DQ nodes are all that 8 bits add to full precision; fewer bits clip besides."""
-    make_bundle(model, tmp_path / "b", scheme=scheme)
-    assert capsys.readouterr().err.count("exporting: tracing the model") == times
-
-
 def test_an_export_that_is_up_to_date_is_left_alone(
     bundle: Bundle, tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
