@@ -38,11 +38,13 @@ def remembering(trace: Trace, folder: Path) -> Trace:
 
 
 def _save(graph: gs.Graph, path: Path) -> None:
-    """With its large constants, which it had not while it was imported."""
+    """All at once, with its large constants, which it had not while it was imported."""
     for tensor in graph.tensors().values():
         if isinstance(tensor, gs.Constant):
             tensor.data_location = None
-    onnx.save(gs.export_onnx(graph), path)
+    part = path.with_suffix(".part")
+    onnx.save(gs.export_onnx(graph), part)
+    part.rename(path)
 
 
 def _identity(module: torch.nn.Module, arguments: Any, options: dict[str, Any]) -> str:
