@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import importlib
 import json
 import os
@@ -68,6 +69,13 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
+def _imports_are_kept() -> None:
+    """No collection looks at the many objects of torch's modules again."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
 def _traced_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Equal modules are traced once in all workers, by a table of operators that is read once."""
     base = tmp_path_factory.getbasetemp()
@@ -96,6 +104,16 @@ def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny(tiny_dir: Path) -> LoadedModel:
     """The same model, loaded."""
     return load(str(tiny_dir))
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
+    """The tiny model with one block: tracing is what takes long."""
+    folder = tmp_path_factory.mktemp("one")
+    torch.manual_seed(0)
+    DiTTransformer2DModel(**(TINY | {"num_layers": 1})).save_pretrained(folder / "transformer")
+    DDPMScheduler(clip_sample=False).save_pretrained(folder / "scheduler")
+    return load(str(folder))
 
 
 def calibrated(model: LoadedModel, path: Path, keys: dict[str, Any]) -> QParams:
