@@ -112,10 +112,7 @@ def _export(
     found, adapter = [], model.adapter
     with quantized(adapter, qparams) as simulation:
         probes = make_probes(bundle, adapter)
-        traced = floats if _traces_as_float(qparams, simulation.originals) else {}
-        if not traced:
-            say("exporting: tracing the model")
-            traced |= {name: _trace(probe, simulation) for name, probe in probes.items()}
+        traced = _traced(probes, qparams, simulation, floats)
         for target in targets:
             say(f"exporting: writing target {target} and comparing it with torch")
             folder = bundle.staged(f"graphs/{target}/{WEIGHTS}").parent
@@ -157,20 +154,42 @@ def _export(
     return found
 
 
-def _traces_as_float(qparams: QParams, originals: dict[str, Layer]) -> bool:
-    """Whether the traced graphs are those of full precision, but for weights that Q/DQ replaces.
+def _traced(
+    probes: dict[str, Probe],
+    qparams: QParams,
+    simulation: Simulation,
+    floats: dict[str, gs.Graph],
+) -> dict[str, gs.Graph]:
+    """All step graphs; those that serve again are taken from `floats`, or put there."""
+    same = {name for name in probes if _traces_as_float(name, qparams, simulation.originals)}
+    due = [name for name in probes if name not in same & floats.keys()]
+    if due:
+        say("exporting: tracing the model")
+    fresh = {name: _trace(probes[name], simulation) for name in due}
+    floats |= {name: graph for name, graph in fresh.items() if name in same}
+    known = floats | fresh
+    return {name: known[name] for name in probes}
 
-    They are not where features change, where a scale per step takes rows of its own, where inputs
-    are clipped to fewer than 8 bits, and where the bias of a convolution is added behind it.
+
+def _traces_as_float(graph: str, qparams: QParams, originals: dict[str, Layer]) -> bool:
+    """Whether a traced graph is that of full precision, but for weights that Q/DQ replaces.
+
+    That of the temporal features is not where these change. A step graph is not where channels are
+    balanced, where a scale per step takes rows of its own, where inputs are clipped to fewer than
+    8 bits, and where the bias of a convolution is added behind it.
     """
-    if qparams.balance or qparams.outputs or qparams.stored:
+    if qparams.balance:
         return False
+    layers = qparams.layers.items()
+    if graph == "temporal":
+        inside = any(name.startswith(TEMPORAL) or scales.stepwise for name, scales in layers)
+        return not (inside or qparams.outputs or qparams.stored)
     return not any(
-        name.startswith(TEMPORAL)
-        or scales.stepwise
+        scales.stepwise
         or originals[name].weight.dim() > 2
         or (scales.activation is not None and scales.bits.activation < 8)
-        for name, scales in qparams.layers.items()
+        for name, scales in layers
+        if not name.startswith(TEMPORAL)
     )
 
 

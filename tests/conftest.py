@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import gc
+import importlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -26,6 +30,7 @@ from ditcast.models.base import describe
 from tests import unets
 from tests.tracing import remembering
 
+TOOLS = Path(__file__).parents[1] / "tools"
 CLASSES = 5
 TINY: dict[str, Any] = {
     "num_attention_heads": 2,
@@ -64,10 +69,22 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _traced_once() -> Iterator[None]:
-    """Equal modules are traced once."""
+def _imports_are_kept() -> None:
+    """No collection looks at the many objects of torch's modules again."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _traced_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Equal modules are traced once in all workers, by a table of operators that is read once."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "traces"
+    folder.mkdir(exist_ok=True)
+    apis = importlib.import_module("torch.onnx._internal._lazy_import").onnxscript_apis
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stage, "trace", remembering(trace))
+        patch.setattr(stage, "trace", remembering(trace, folder))
+        patch.setattr(apis, "get_torchlib_ops", functools.cache(apis.get_torchlib_ops))
         yield
 
 
@@ -87,6 +104,16 @@ def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny(tiny_dir: Path) -> LoadedModel:
     """The same model, loaded."""
     return load(str(tiny_dir))
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
+    """The tiny model with one block: tracing is what takes long."""
+    folder = tmp_path_factory.mktemp("one")
+    torch.manual_seed(0)
+    DiTTransformer2DModel(**(TINY | {"num_layers": 1})).save_pretrained(folder / "transformer")
+    DDPMScheduler(clip_sample=False).save_pretrained(folder / "scheduler")
+    return load(str(folder))
 
 
 def calibrated(model: LoadedModel, path: Path, keys: dict[str, Any]) -> QParams:
@@ -138,14 +165,10 @@ def other_bundle(other: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -
 
 
 @pytest.fixture(scope="session")
-def typed_bundle(
-    shared_bundle: Bundle, tiny: LoadedModel, tmp_path_factory: pytest.TempPathFactory
-) -> Bundle:
+def typed_bundle(tiny: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """The W8A8 bundle with the graphs of TensorRT too; never write to it."""
     path = tmp_path_factory.mktemp("typed") / "typed.bundle"
-    shutil.copytree(shared_bundle.path, path)
-    to_onnx(Bundle.open(path), tiny, ["tensorrt"])
-    return Bundle.open(path)
+    return make_bundle(tiny, path, ("onnxruntime", "tensorrt"))
 
 
 @pytest.fixture(scope="session")
@@ -198,6 +221,25 @@ def cli(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> C
         with pytest.raises(SystemExit) as exit_:
             main()
         return Result(exit_.value.code, *capfd.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def run_tool(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Cli:
+    """Run a program of `tools/`, given by its name, in this process."""
+    monkeypatch.syspath_prepend(str(TOOLS))
+
+    def run(name: str, *arguments: object) -> Result:
+        main = importlib.import_module(name).main
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        capfd.readouterr()
+        code: object = 0
+        try:
+            main()
+        except SystemExit as exit_:
+            code = exit_.code
+        return Result(code, *capfd.readouterr())
 
     return run
 

@@ -17,10 +17,9 @@ from ditcast.models import LoadedModel
 from ditcast.runtime.fidelity import DISTANCES
 from ditcast.schedule import SPACINGS
 from tests import realset
-from tests.conftest import make_bundle
+from tests.conftest import TOOLS, Cli, make_bundle
 
 EIGHT, FOUR = "w8a8 absmax fp", "w4a8 absmax fp"
-TOOLS = Path(__file__).parents[1] / "tools"
 
 
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -98,14 +97,14 @@ def test_every_point_has_speed_and_fidelity(
     assert all(f"{row['precision']}, {row['policy']}" in page for row in rows[1:])
 
 
-def test_distances_of_every_point(shared_bundle: Bundle, tmp_path: Path) -> None:
+def test_distances_of_every_point(run_tool: Cli, shared_bundle: Bundle, tmp_path: Path) -> None:
     """With `--data`: to full precision and to real pictures, and what they stand on."""
     real = realset.write(tmp_path / "real.npz")
-    done = run(
-        *(shared_bundle.path, "--policies", "fora", "--intervals", 3, "--images", 4),
-        *("--threads", 1, "--data", real, "--json", tmp_path / "cache.json"),
+    done = run_tool(
+        *("cache_table", shared_bundle.path, "--policies", "fora", "--intervals", 3),
+        *("--images", 4, "--threads", 1, "--data", real, "--json", tmp_path / "cache.json"),
     )
-    assert done.returncode == 0, done.stderr
+    assert done.code == 0, done.err
     report = json.loads((tmp_path / "cache.json").read_text())
     assert report["distances"]["real"] == "real.npz"
     for row in report["rows"]:
@@ -168,16 +167,18 @@ def test_stacking_loss_is_beyond_the_larger_of_the_two(
     ],
 )
 def test_bad_requests_are_one_line(
-    shared_bundle: Bundle, arguments: list[object], message: str
+    run_tool: Cli, shared_bundle: Bundle, arguments: list[object], message: str
 ) -> None:
-    done = run(shared_bundle.path, *arguments)
-    assert done.returncode == 2
-    assert done.stderr.startswith("cache_table: error: ")
-    assert message in done.stderr
-    assert len(done.stderr.splitlines()) == 1
+    done = run_tool("cache_table", shared_bundle.path, *arguments)
+    assert done.code == 2
+    (line,) = done.err.splitlines()
+    assert line.startswith("cache_table: error: ")
+    assert message in line
 
 
 def test_bundles_of_other_models_are_refused(shared_bundle: Bundle, other_bundle: Bundle) -> None:
+    """One line from a fresh process, too."""
     done = run(shared_bundle.path, other_bundle.path)
     assert done.returncode == 2
-    assert "has another model" in done.stderr
+    (line,) = done.stderr.splitlines()
+    assert "has another model" in line

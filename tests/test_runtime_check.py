@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,23 +11,18 @@ import pytest
 
 from ditcast.bundle import Bundle
 from ditcast.models import LoadedModel
-from tests.conftest import make_bundle
-
-TOOL = Path(__file__).parents[1] / "tools" / "runtime_check.py"
+from tests.conftest import TOOLS, Cli, make_bundle
 
 
-def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    """The tool in a process of its own."""
-    command = [sys.executable, str(TOOL), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
-
-
-def test_what_was_calibrated_is_what_runs(shared_bundle: Bundle, tmp_path: Path) -> None:
+def test_what_was_calibrated_is_what_runs(
+    run_tool: Cli, shared_bundle: Bundle, tmp_path: Path
+) -> None:
     """Few codes differ at the first, a middle and the last step; the first layer's hardly any."""
-    done = run(shared_bundle.path, "--images", 2, "--json", tmp_path / "figures.json")
-    assert done.returncode == 0, done.stderr
-    assert "psnr_db_to_simulation" in done.stdout
-    found = json.loads((tmp_path / "figures.json").read_text())
+    figures = tmp_path / "figures.json"
+    done = run_tool("runtime_check", shared_bundle.path, "--images", 2, "--json", figures)
+    assert done.code == 0, done.err
+    assert "psnr_db_to_simulation" in done.out
+    found = json.loads(figures.read_text())
     steps = shared_bundle.manifest.recipe.steps
     assert list(found["codes_differing"]) == ["0", str(steps // 2), str(steps - 1)]
     for of in found["codes_differing"].values():
@@ -46,7 +39,7 @@ def test_codes_that_differ_are_counted(
     tiny: LoadedModel, shared_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every fourth code of one layer is changed, and those of the other layers are not."""
-    monkeypatch.syspath_prepend(str(TOOL.parent))
+    monkeypatch.syspath_prepend(str(TOOLS))
     check = importlib.import_module("runtime_check")
     samples, (step,) = check.simulated(tiny, shared_bundle, [1, 3], [0])
     assert samples.std() > 0.1
@@ -63,21 +56,21 @@ def test_codes_that_differ_are_counted(
     assert all(np.ptp(of) > 20 for of in step.codes.values())  # they are spread
 
 
-def test_a_bundle_without_its_graphs(blocks_bundle: Bundle) -> None:
+def test_a_bundle_without_its_graphs(run_tool: Cli, blocks_bundle: Bundle) -> None:
     """One whose model is there, but not a graph that this compares."""
-    done = run(blocks_bundle.path, "--images", 2)
-    assert done.returncode == 2
-    assert done.stderr.startswith("runtime_check: error: ")
-    assert "onnxruntime" in done.stderr
+    done = run_tool("runtime_check", blocks_bundle.path, "--images", 2)
+    assert done.code == 2
+    assert done.err.startswith("runtime_check: error: ")
+    assert "onnxruntime" in done.err
 
 
-def test_a_bundle_without_such_layers(tiny: LoadedModel, tmp_path: Path) -> None:
+def test_a_bundle_without_such_layers(run_tool: Cli, tiny: LoadedModel, tmp_path: Path) -> None:
     """Its inputs are in float."""
     bundle = make_bundle(tiny, tmp_path / "b", scheme="w4a16", method="mse")
-    done = run(bundle.path, "--images", 2)
-    assert done.returncode == 2
+    done = run_tool("runtime_check", bundle.path, "--images", 2)
+    assert done.code == 2
     message = "runtime_check: error: bundle: no layer has 8-bit inputs with one scale for all steps"
-    assert message in done.stderr
+    assert message in done.err
 
 
 @pytest.mark.parametrize(
@@ -87,14 +80,16 @@ def test_a_bundle_without_such_layers(tiny: LoadedModel, tmp_path: Path) -> None
         (("--json", "nowhere/f.json"), "json: no folder nowhere; create it first"),
     ],
 )
-def test_bad_arguments(arguments: tuple[object, ...], message: str, tmp_path: Path) -> None:
+def test_bad_arguments(
+    run_tool: Cli, arguments: tuple[object, ...], message: str, tmp_path: Path
+) -> None:
     """Said before the bundle is opened."""
-    done = run(tmp_path, *arguments)
-    assert done.returncode == 2
-    assert done.stderr == f"runtime_check: error: {message}\n"
+    done = run_tool("runtime_check", tmp_path, *arguments)
+    assert done.code == 2
+    assert done.err == f"runtime_check: error: {message}\n"
 
 
-def test_no_bundle(tmp_path: Path) -> None:
-    done = run(tmp_path)
-    assert done.returncode == 2
-    assert "runtime_check: error: bundle: no manifest.json in" in done.stderr
+def test_no_bundle(run_tool: Cli, tmp_path: Path) -> None:
+    done = run_tool("runtime_check", tmp_path)
+    assert done.code == 2
+    assert "runtime_check: error: bundle: no manifest.json in" in done.err

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import onnx_graphsurgeon as gs
 import torch
 from torch import nn
 
@@ -22,16 +24,19 @@ def layer(seed: int = 0, width: int = 4, **settings: Any) -> nn.Module:
     return found
 
 
-def test_equal_modules_are_traced_once() -> None:
+def test_equal_modules_are_traced_once(tmp_path: Path) -> None:
     """Weights, settings, kinds, shapes and names of outputs tell modules apart."""
     traced: list[nn.Module] = []
 
-    def trace(module: nn.Module, arguments: Any, **options: Any) -> int:
+    def trace(module: nn.Module, arguments: Any, **options: Any) -> gs.Graph:
         del arguments, options
         traced.append(module)
-        return len(traced)
+        return gs.Graph(name=str(len(traced)))
 
-    once, x = remembering(trace), torch.zeros(2, 4)
+    def once(*arguments: Any, **options: Any) -> int:
+        return int(remembering(trace, tmp_path)(*arguments, **options).name)
+
+    x = torch.zeros(2, 4)
     assert once(layer(), [x], **NAMES) == once(layer(), [x + 1], **NAMES) == 1
     others = [layer(1), layer(width=3), layer(approximate="tanh"), nn.Sequential(layer())]
     assert [once(other, [x], **NAMES) for other in others] == [2, 3, 4, 5]

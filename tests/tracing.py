@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import onnx
+import onnx_graphsurgeon as gs
 import torch
 
 from ditcast.calibrate.layers import QuantizedLayer
@@ -14,22 +18,33 @@ from ditcast.calibrate.simulate import QuantizedFeatures
 Trace = Callable[..., Any]
 
 
-def remembering(trace: Trace) -> Trace:
+def remembering(trace: Trace, folder: Path) -> Trace:
     """`trace`, but equal modules with inputs of equal shapes give the graph of the first one.
 
-    The stage copies what it writes to.
+    The processes that share `folder` share their graphs, and wait for one that another traces.
     """
-    known: dict[str, Any] = {}
 
-    def remembered(module: Any, arguments: Any, **options: Any) -> Any:
+    def remembered(module: Any, arguments: Any, **options: Any) -> gs.Graph:
         if not _is_plain(module):
             return trace(module, arguments, **options)
-        key = _identity(module, arguments, options)
-        if key not in known:
-            known[key] = trace(module, arguments, **options)
-        return known[key]
+        path = folder / f"{_identity(module, arguments, options)}.onnx"
+        with path.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not path.exists():
+                _save(trace(module, arguments, **options), path)
+        return gs.import_onnx(onnx.load(path))
 
     return remembered
+
+
+def _save(graph: gs.Graph, path: Path) -> None:
+    """All at once, with its large constants, which it had not while it was imported."""
+    for tensor in graph.tensors().values():
+        if isinstance(tensor, gs.Constant):
+            tensor.data_location = None
+    part = path.with_suffix(".part")
+    onnx.save(gs.export_onnx(graph), part)
+    part.rename(path)
 
 
 def _identity(module: torch.nn.Module, arguments: Any, options: dict[str, Any]) -> str:

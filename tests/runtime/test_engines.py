@@ -148,10 +148,23 @@ def test_8_bit_floats_are_not_for_older_devices(
     assert build(fp8_bundle, tmp_path / "reuse", builder, "reuse").manifest.engines
 
 
+@pytest.fixture(scope="module")
+def signed(
+    typed_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory, rtx: EngineBuilder
+) -> Path:
+    """A bundle with the engine of its smallest graph, and the key of its signature."""
+    folder = tmp_path_factory.mktemp("signed")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DITCAST_KEY", str(folder / "keys" / "engine.key"))
+        build(typed_bundle, folder / "built", rtx, "reuse")
+    return folder
+
+
 @pytest.fixture
-def built(typed_bundle: Bundle, tmp_path: Path, rtx: EngineBuilder) -> Bundle:
-    """A bundle with the engine of its smallest graph."""
-    return build(typed_bundle, tmp_path / "built", rtx, "reuse")
+def built(signed: Path, tmp_path: Path) -> Bundle:
+    """A copy that a test may damage, with its key."""
+    shutil.copytree(signed, tmp_path, dirs_exist_ok=True)
+    return Bundle.open(tmp_path / "built")
 
 
 def test_a_plan_is_code(built: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
