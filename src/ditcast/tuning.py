@@ -337,12 +337,12 @@ def _finished(study: Any) -> list[dict[str, Any]]:
 
 def _check_same(study: Any, goal: Goal, folder: Path) -> None:
     """A study goes on only for what it was started for."""
-    held = study.user_attrs.get("goal")
+    held, asked = study.user_attrs.get("goal"), asdict(goal) | {"caches": list(goal.caches)}
     if held is None:
-        study.set_user_attr("goal", asdict(goal))
-    elif held != asdict(goal):
-        key = next(key for key, value in asdict(goal).items() if held[key] != value)
+        study.set_user_attr("goal", asked)
+    elif held != asked:
+        key = next(key for key, value in asked.items() if held.get(key) != value)
         raise BundleError(
-            f"tune: {folder} holds a search with {key} {held[key]}, asked for "
-            f"{asdict(goal)[key]}; give another -o or remove it"
+            f"tune: {folder} holds a search with {key} {held.get(key)}, asked for {asked[key]}; "
+            "give another -o or remove it"
         )
