@@ -68,7 +68,8 @@ def render(
         plots=plots,
         plotly=charts.library(plots.values()),
         slot_key=charts.key_of(figures["steps"]["plan"], charts.SLOTS),
-        forecasts=FORECAST in "".join(figures["steps"]["plan"] or []),
+        # Of slots: there is no guard for forecasts of outputs.
+        forecasts=recipe.cache == "taylor" and FORECAST in "".join(figures["steps"]["plan"] or []),
         inputs=sections.inputs(figures["steps"].get("inputs")),
         source=sections.SOURCES[recipe.temporal],
         source_key=charts.key_of(figures["steps"]["selection"], charts.SOURCES),

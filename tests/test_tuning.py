@@ -18,7 +18,7 @@ from ditcast.tuning import Goal, Point, choose, describe, pareto, search, start
 from tests.conftest import RECIPE, Cli
 
 GOAL = Goal(max_loss=0.02, count=4, seed=1, fixed={})
-DEFAULT = Point(scheme="w8a8", method="absmax", cache="taylor", interval=4, order=1)
+DEFAULT = Point(scheme="w8a8", method="absmax", cache="output", interval=4, order=2)
 LOSS = {"none": 0.0, "w8a8": 1.0, "w7a8": 2.0, "w4a8": 7.0}
 SPEED = {"none": 1.0, "w8a8": 1.6, "w7a8": 1.5, "w4a8": 1.7}
 

@@ -135,7 +135,7 @@ class Recipe(BaseModel):
     trajectories: Literal["full", "cached"] = Field(
         "full", description="sampler that calibration follows: all steps full, or the cache's plan"
     )
-    cache: Cache = Field("taylor", description="cache policy")
+    cache: Cache = Field("output", description="cache policy; with sampler ddpm it is taylor")
     interval: int = Field(
         4,
         ge=1,
@@ -143,7 +143,7 @@ class Recipe(BaseModel):
         "tuned to as many full steps as taylor has",
     )
     order: int = Field(
-        1,
+        2,
         ge=0,
         le=4,
         description="order of the forecast (--cache taylor, output, rfe, rcs, relational)",
@@ -189,6 +189,14 @@ class Recipe(BaseModel):
     batch: int = Field(16, ge=1, description="images per batch while calibrating and measuring")
     seed: int = Field(0, ge=0, description="seed of calibration noise and labels")
     rules: tuple[Rule, ...] = Field((), description="ordered rules, instead of the scheme's")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _cache_of_sampler(cls, values: Any) -> Any:
+        """The default cache forecasts outputs, which fresh noise does not allow."""
+        if isinstance(values, dict) and values.get("sampler") == "ddpm":
+            return {"cache": "taylor"} | values
+        return values
 
     @model_validator(mode="after")
     def _interval_fits(self) -> Recipe:

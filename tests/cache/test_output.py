@@ -65,6 +65,13 @@ def test_full_steps_lie_anywhere(policy: str) -> None:
     assert recipes.make({"cache": policy, "placement": "fitted"}).placement == "fitted"
 
 
+@pytest.mark.parametrize(("sampler", "policy"), [("ddim", "output"), ("ddpm", "taylor")])
+def test_it_is_the_default_without_fresh_noise(sampler: str, policy: str) -> None:
+    """Of order 2; a recipe may name another."""
+    assert (recipes.make({"sampler": sampler}).cache, recipes.make({}).order) == (policy, 2)
+    assert recipes.make({"sampler": sampler, "cache": "fora"}).cache == "fora"
+
+
 def test_others_are_not_placed() -> None:
     match = "placement: got fitted with cache fora; expected cache taylor or output, which forecast"
     with pytest.raises(ConfigError, match=match):

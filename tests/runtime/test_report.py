@@ -285,8 +285,12 @@ def test_page_says_how_errors_of_forecasts_are_measured(bundle: Bundle) -> None:
     """Where there are forecasts, and the guard is off."""
     report = make_report(bundle, *NAMES)
     report["steps"] |= {"forecast_error": None, "reuse_error": None}
+    report["bundle"]["recipe"]["cache"] = "taylor"
     sentence = "It was not measured, as the noise guard is off: --guard error measures it"
     assert sentence in render(bundle, report).text
+    report["bundle"]["recipe"]["cache"] = "output"  # whose forecasts no guard holds back
+    assert sentence not in render(bundle, report).text
+    report["bundle"]["recipe"]["cache"] = "taylor"
     report["steps"]["plan"] = ["frfrfr"] * 4
     assert sentence not in render(bundle, report).text
 
