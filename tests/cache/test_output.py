@@ -24,7 +24,7 @@ def test_polynomials_are_predicted_exactly(
 ) -> None:
     """Outputs that are a polynomial of the step, of as high a degree as is known, have no error."""
     plan = make_plan(
-        "output", steps=steps, interval=data.draw(st.integers(1, 6)), slots=2, order=order
+        "output", steps=steps, interval=data.draw(st.integers(1, 4)), slots=2, order=order
     )
     full = np.flatnonzero(plan.full)
     for step in np.flatnonzero(~plan.full):
