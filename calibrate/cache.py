@@ -31,7 +31,8 @@ def check(model: LoadedModel, recipe: Recipe) -> None:
     if lacking:
         raise ConfigError(
             f"cache: got {recipe.cache}, which needs the graphs {', '.join(lacking)}, but there "
-            f"are none for a {model.adapter.architecture}; expected none, fora, deepcache or taylor"
+            f"are none for a {model.adapter.architecture}; expected none, fora, deepcache, taylor "
+            "or output"
         )
     if plan.gate is not None or (plan.mask is not None and recipe.reuse is None):
         threshold.wanted(recipe)

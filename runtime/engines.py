@@ -86,7 +86,7 @@ def build_engines(
         raise UnsupportedError(
             f"backend {builder.name}: cache {bundle.manifest.recipe.cache} runs "
             f"{', '.join(sorted(lacking))}, for which no engines are built; compile a bundle with "
-            "--cache taylor, fora or learned, or run this one with --backend onnxruntime"
+            "--cache output, taylor, fora or learned, or run this one with --backend onnxruntime"
         )
     known = graphs_in(bundle)
     graphs = graphs or known

@@ -173,7 +173,7 @@ def test_stored_features_without_a_null_label(tmp_path: Path) -> None:
         (
             {"cache": "stack"},
             "cache: got stack, which needs the graphs change, but there are none for a "
-            "UNet2DModel; expected none, fora, deepcache or taylor",
+            "UNet2DModel; expected none, fora, deepcache, taylor or output",
         ),
     ],
 )
