@@ -215,7 +215,9 @@ def test_audit(cli: Cli, bundle: Bundle, tmp_path: Path) -> None:
 
 def test_stages_one_by_one(cli: Cli, tiny_dir: Path, shared_bundle: Bundle, tmp_path: Path) -> None:
     """Recipe file and flags together give the very bundle that Python gives."""
-    (tmp_path / "recipe.yaml").write_text("steps: 6\ninterval: 4\nsamples: 4\ncache: fora\n")
+    (tmp_path / "recipe.yaml").write_text(
+        "steps: 6\ninterval: 4\nsamples: 4\ncache: fora\norder: 1\n"
+    )
     path = tmp_path / "new.bundle"
     recipe = ("--recipe", tmp_path / "recipe.yaml", "--interval", 2, "--batch", 2)
     done = cli("calibrate", tiny_dir, "-o", path, *recipe)

@@ -39,7 +39,7 @@ def test_a_compile_that_would_never_reuse_is_refused_under_strict(
     path = tmp_path / "b"
     done = cli("calibrate", tiny_dir, "-o", path, "--strict", "--interval", 1, "--steps", 4)
     assert done.code == 2
-    assert "cache taylor never reuses: all 4 steps are full" in done.err
+    assert "cache output never reuses: all 4 steps are full" in done.err
     assert not path.exists()
 
 

@@ -77,7 +77,7 @@ def each(request: pytest.FixtureRequest) -> Bundle:
 def test_parity_is_recorded(each: Bundle) -> None:
     """Every graph against torch: float ones closely, integer ones within the drift limit."""
     names = {graph.name for graph in each.manifest.graphs}
-    assert names == {"temporal", "full", "reuse", "sampler"}
+    assert names - {"add", "update"} == {"temporal", "full", "reuse", "sampler"}  # for a device
     for graph in each.manifest.graphs:
         if graph.target == "reference":
             assert graph.parity["max_abs_of_range"] <= 1e-4
