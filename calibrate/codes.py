@@ -6,15 +6,10 @@ import torch
 from torch import Tensor
 
 from ditcast.calibrate.ranges import SHRINK_STEPS
-from ditcast.recipe import E4M3_TOP
+from ditcast.recipe import E4M3_TOP, levels
 
 WEIGHT_POWER = 2.4  # error exponent of the weight search (TFMQ-DM code)
 SMALLEST = 1e-12  # a range is never empty, even where a layer sees only zeros
-
-
-def levels(bits: int) -> int:
-    """Largest code of a signed integer."""
-    return int(2 ** (bits - 1) - 1)
 
 
 def to_e4m3(steps: Tensor) -> Tensor:

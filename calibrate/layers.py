@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ditcast.calibrate.codes import fake_quantize, grouped, levels, to_e4m3
+from ditcast.calibrate.codes import fake_quantize, grouped, to_e4m3
 from ditcast.calibrate.qparams import LayerScales
 from ditcast.models.base import Layer
+from ditcast.recipe import levels
 
 Rows = Callable[[], tuple[Tensor, Tensor | None]]  # scale and zero point of every row at hand
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ditcast.cache import StepPlan
 from ditcast.cache.fitted import Table
+from ditcast.cache.plan import newest
 from ditcast.calibrate.collect import draw_labels
 from ditcast.calibrate.qparams import QParams
 from ditcast.calibrate.simulate import quantized
@@ -70,9 +71,9 @@ def _errors(
     forecast = np.zeros((len(plan.full), plan.weights.shape[2]), np.float32)
     reuse, hold = np.zeros_like(forecast), np.eye(plan.history, dtype=np.float32)[0]
     for step in np.flatnonzero(~plan.full).tolist():
-        read = _read(plan, step)
+        read = newest(plan.full, step, plan.history)
         for slot, wanted in enumerate(exact(step)):
-            sources = torch.stack([known[t][slot] for t in read])
+            sources = torch.stack([known[int(t)][slot] for t in read])
             weights = plan.weights[step, :, slot]
             forecast[step, slot] = _error(weights, sources, wanted)
             reuse[step, slot] = _error(hold, sources, wanted)
@@ -92,16 +93,10 @@ def _noise(
             last = outputs
             noise[step] = [_square(a - b) for a, b in zip(known[step], last, strict=True)]
             continue
-        read = _read(plan, step)
+        read = newest(plan.full, step, plan.history)
         amplified[step] = (plan.weights[step, : len(read)] ** 2 * noise[read]).sum(axis=0)
         change[step] = [_square(now - before) for now, before in zip(outputs, last, strict=True)]
     return amplified, WORTH * change
-
-
-def _read(plan: StepPlan, step: int) -> list[int]:
-    """The full steps whose outputs a forecast reads, the newest first."""
-    found: list[int] = np.flatnonzero(plan.full[:step])[::-1][: plan.history].tolist()
-    return found
 
 
 def _samples(model: LoadedModel, recipe: Recipe, labels: list[int]) -> list[Tensor]:

@@ -14,13 +14,11 @@ from ditcast.cache.stepping import GRAPHS, stepper
 from ditcast.models import Adapter, LoadedModel
 from ditcast.recipe import Recipe
 from ditcast.sampling import (
-    Coefficients,
+    Advance,
     coefficients,
     draw_noises,
-    guide,
     needs_noise,
     row_labels,
-    update,
 )
 from ditcast.schedule import NoiseSchedule, from_config
 
@@ -64,7 +62,6 @@ def sample(
     noisy sample. `correct` gives the sample after a step in place of it. `callback` is called after
     each step with its number, and whether it was full.
     """
-    n, channels = len(labels), adapter.sample_shape[0]
     noises = steps if needs_noise(sampler) else 0
     noise = torch.from_numpy(
         draw_noises(seed, indices, adapter.sample_shape, noises)
@@ -73,14 +70,16 @@ def sample(
     timesteps = torch.from_numpy(schedule.timesteps(steps)).float()
     plan = plan or make_plan("none", steps=steps, interval=1, slots=len(adapter.slots))
     network = stepper(plan, TorchRequest(adapter, timesteps, rows))
-    table = coefficients(schedule, sampler, steps).tolist()
+    advance = Advance(
+        guidance=guidance,
+        table=coefficients(schedule, sampler, steps),
+        clip=schedule.clip,
+        noise=noise[1:] if noises else None,
+    )
     x = noise[0]
-    for step, row in enumerate(table[:stop_after]):
+    for step in range(steps)[:stop_after]:
         output, full = network.run(step, x)
-        output = guide(output, n, channels, guidance)
-        x = update(
-            x, output, noise[1 + step] if noises else None, Coefficients(*row), schedule.clip
-        )
+        x = advance(step, x, output)
         if correct is not None:
             x = correct(step, x)
         if callback is not None:

@@ -30,46 +30,65 @@ def sampler_graph(spec: LoopSpec) -> ModelProto:
     return build.model(top)
 
 
+# The pieces of a segment. A full step gives its output, and what the reuse steps behind it read; a
+# reuse step its output, of that.
+Full = Callable[[Scope, str, str], tuple[str, list[str]]]  # of body, number and segment
+Reuse = Callable[[Scope, str, list[str]], str]  # of body, number and what it reads
+
+
+def _segments(build: Builder, top: Scope, full: Full, reuse: Reuse, carried: list[Carried]) -> str:
+    """One full step, then its reuse steps, segment by segment; returns samples.
+
+    `carried` is what goes on from one segment to the next beside the samples.
+    """
+    outer, inner, index = Scope("segments"), Scope("reuse_steps"), "segments/iteration"
+    starts, lengths = build.spec.plan.segments()
+    start = outer.op("Gather", build.constant("segment_starts", starts), index, axis=0)
+    output, kept = full(outer, start, index)
+    if build.spec.plan.full.all():
+        build.step(outer, "segments/x", start, output, "segments/after")
+    else:
+        build.step(outer, "segments/x", start, output, "segments/x_full")
+        one = build.constant("scalar_one", 1)
+        t = inner.op("Add", start, inner.op("Add", "reuse_steps/iteration", one))
+        build.step(inner, "reuse_steps/x", t, reuse(inner, t, kept), "reuse_steps/after")
+        length = outer.op("Gather", build.constant("segment_lengths", lengths), index, axis=0)
+        inside = [build.sample("reuse_steps", "segments/x_full", "reuse_steps/after")]
+        last = build.loop(outer, inner, outer.op("Sub", length, one), inside)[0]
+        outer.name_it(last, "segments/after")
+    carried = [build.sample("segments", "noise", "segments/after"), *carried]
+    return build.loop(top, outer, build.constant("segments_count", len(starts)), carried)[0]
+
+
+def _full(build: Builder, scope: Scope, start: str, index: str) -> dict[str, str]:
+    """A full step, which forecasts for the reuse steps that read it."""
+    starts, _ = build.spec.plan.segments()
+    later, weights = (table[starts] for table in build.spec.plan.ahead())
+    steps = scope.op("Gather", build.constant("ahead_steps", later), index, axis=0)
+    table = build.constant("ahead_weights", weights, np.float32)
+    ahead = {
+        "ahead": build.features_of(scope, steps, axis=1),
+        "weights": scope.op("Gather", table, index, axis=0),
+    }
+    return build.network(scope, "full", "segments/x", start, ahead)
+
+
 def _forecasting(build: Builder, top: Scope) -> str:
     """The loop of a plan whose full steps know which reuse steps they serve; returns samples."""
-    spec, outer = build.spec, Scope("segments")
-    starts, lengths = spec.plan.segments()
-    index = "segments/iteration"
-    start = outer.op("Gather", build.constant("segment_starts", starts), index, axis=0)
-    later, weights = spec.plan.ahead()
-    later, weights = later[starts], weights[starts]
-    carried = [build.sample("segments", "noise", "segments/after")]
-    carried_rows = later.shape[1] - later.shape[1] // spec.plan.history
-    wanted = outer.op("Gather", build.constant("ahead_steps", later), index, axis=0)
-    ahead = {
-        "ahead": build.features_of(outer, wanted, axis=1),
-        "weights": outer.op(
-            "Gather", build.constant("ahead_weights", weights, np.float32), index, axis=0
-        ),
-    }
-    results = build.network(outer, "full", "segments/x", start, ahead)
-    if spec.plan.full.all():
-        build.step(outer, "segments/x", start, results["output"], "segments/after")
-    else:
-        forecasts = results["forecast"]
-        if carried_rows:
-            carried.append(_pending(build, top, carried_rows))
-            forecasts = _carry(build, outer, forecasts, carried_rows)
-        build.step(outer, "segments/x", start, results["output"], "segments/x_full")
-        inner = Scope("reuse_steps")
-        one = build.constant("scalar_one", 1)
-        offset = inner.op("Add", "reuse_steps/iteration", one)
-        t = inner.op("Add", start, offset)
-        forecast = inner.op("Gather", forecasts, "reuse_steps/iteration", axis=0)
-        reused = build.network(inner, "reuse", "reuse_steps/x", t, {"forecast": forecast})
-        build.step(inner, "reuse_steps/x", t, reused["output"], "reuse_steps/after")
-        length = outer.op("Gather", build.constant("segment_lengths", lengths), index, axis=0)
-        trips = outer.op("Sub", length, one)
-        inside = [build.sample("reuse_steps", "segments/x_full", "reuse_steps/after")]
-        last = build.loop(outer, inner, trips, inside)[0]
-        outer.name_it(last, "segments/after")
-    trips = build.constant("segments_count", len(starts))
-    return build.loop(top, outer, trips, carried)[0]
+    plan = build.spec.plan
+    many = plan.ahead()[0].shape[1]
+    rows = many - many // plan.history  # for reuse steps behind later full steps
+
+    def full(scope: Scope, start: str, index: str) -> tuple[str, list[str]]:
+        found = _full(build, scope, start, index)
+        forecast = found["forecast"]
+        return found["output"], [_carry(build, scope, forecast, rows) if rows else forecast]
+
+    def reuse(scope: Scope, t: str, kept: list[str]) -> str:
+        forecast = scope.op("Gather", kept[0], "reuse_steps/iteration", axis=0)
+        return build.network(scope, "reuse", "reuse_steps/x", t, {"forecast": forecast})["output"]
+
+    return _segments(build, top, full, reuse, [_pending(build, top, rows)] if rows else [])
 
 
 def _output(build: Builder, top: Scope) -> str:
@@ -78,44 +97,30 @@ def _output(build: Builder, top: Scope) -> str:
     Outputs of earlier full steps are carried from segment to segment. Before there are any they
     are zeros, whose weights are zero too.
     """
-    spec, outer, inner = build.spec, Scope("segments"), Scope("reuse_steps")
-    starts, lengths = spec.plan.segments()
-    index, one = "segments/iteration", build.constant("scalar_one", 1)
-    start = outer.op("Gather", build.constant("segment_starts", starts), index, axis=0)
-    nothing = np.zeros((0, spec.plan.weights.shape[2]))
-    ahead = build.features_of(outer, build.constant("no_steps", nothing[:, 0]), axis=1)
-    none = {"ahead": ahead, "weights": build.constant("no_weights", nothing, np.float32)}
-    newest = build.network(outer, "full", "segments/x", start, none)["output"]
-    build.step(outer, "segments/x", start, newest, "segments/x_full")
-    outputs = [newest, *(f"segments/output_{age}" for age in range(1, spec.plan.history))]
-    t = inner.op("Add", start, inner.op("Add", "reuse_steps/iteration", one))
-    table = build.constant("output_weights", spec.plan.weights[..., 0], np.float32)
-    weights, found = inner.op("Gather", table, t, axis=0), ""
-    for age, output in enumerate(outputs):
-        weight = inner.op("Gather", weights, build.constant(f"age_{age}", age), axis=0)
-        part = inner.op("Mul", weight, output)
-        found = inner.op("Add", found, part) if found else part
-    build.step(inner, "reuse_steps/x", t, found, "reuse_steps/after")
-    length = outer.op("Gather", build.constant("segment_lengths", lengths), index, axis=0)
-    inside = [build.sample("reuse_steps", "segments/x_full", "reuse_steps/after")]
-    last = build.loop(outer, inner, outer.op("Sub", length, one), inside)[0]
-    outer.name_it(last, "segments/after")
-    carried = [build.sample("segments", "noise", "segments/after")]
-    carried += _older(build, top, outer, outputs)
-    return build.loop(top, outer, build.constant("segments_count", len(starts)), carried)[0]
+    plan = build.spec.plan
+    older = [f"segments/output_{age}" for age in range(1, plan.history)]
 
+    def full(scope: Scope, start: str, index: str) -> tuple[str, list[str]]:
+        outputs = [_full(build, scope, start, index)["output"], *older]
+        for newer, name in itertools.pairwise(outputs):
+            scope.name_it(newer, f"{name}_after")
+        return outputs[0], outputs
 
-def _older(build: Builder, top: Scope, outer: Scope, outputs: list[str]) -> list[Carried]:
-    """The outputs but the newest, as they move on from one segment to the next."""
+    def reuse(scope: Scope, t: str, kept: list[str]) -> str:
+        table = build.constant("output_weights", plan.weights[..., 0], np.float32)
+        weights, found = scope.op("Gather", table, t, axis=0), ""
+        for age, output in enumerate(kept):
+            weight = scope.op("Gather", weights, build.constant(f"age_{age}", age), axis=0)
+            part = scope.op("Mul", weight, output)
+            found = scope.op("Add", found, part) if found else part
+        return found
+
     shape = (build.spec.output_channels, *build.spec.sample_shape[1:])
     sizes = build.constant("output_shape", shape)
     rows, zero = top.op("Shape", build.row_index), build.constant("no_output", 0.0, np.float32)
     zeros = top.op("Expand", zero, top.op("Concat", rows, sizes, axis=0))
-    carried = []
-    for newer, name in itertools.pairwise(outputs):
-        outer.name_it(newer, f"{name}_after")
-        carried.append(Carried(name, zeros, f"{name}_after", ["N", *shape]))
-    return carried
+    carried = [Carried(name, zeros, f"{name}_after", ["N", *shape]) for name in older]
+    return _segments(build, top, full, reuse, carried)
 
 
 def _pending(build: Builder, scope: Scope, rows: int) -> Carried:

@@ -196,20 +196,10 @@ def ratio_map(found: list[list[float]], reference: list[list[float]], names: lis
     Where the other one is 0 there is nothing to draw, as at full steps.
     """
     pairs = [list(zip(*both, strict=True)) for both in zip(found, reference, strict=True)]
-    data = {
-        "type": "heatmap",
-        "z": [[error / other if other else None for error, other in row] for row in pairs],
-        "x": list(range(len(found[0]))),
-        "y": list(map(_text, names)),
-        "zmin": 0,
-        "zmax": 2,
-        "colorscale": [[0, SLOTS[FORECAST][1]], [0.5, SLOTS[REUSED][1]], [1, SLOTS[HELD][1]]],
-        "customdata": pairs,
-        "hovertemplate": "%{y}<br>step %{x}: %{customdata[0]:.4g} of %{customdata[1]:.4g}, "
-        "%{z:.3g} times<extra></extra>",
-        "colorbar": {"thickness": 12, "outlinewidth": 0},
-    }
-    return {"data": [data], "layout": _of_map(len(names))}
+    ratios = [[error / other if other else None for error, other in row] for row in pairs]
+    hover = "%{customdata[0]:.4g} of %{customdata[1]:.4g}, %{z:.3g} times"
+    data = _heat(ratios, pairs, names, hover) | {"zmax": 2}
+    return {"data": [data | _shades(FORECAST, REUSED, HELD)], "layout": _of_map(len(names))}
 
 
 def magnitude_map(largest: Magnitudes, representable: Magnitudes) -> Chart:
@@ -227,22 +217,16 @@ def magnitude_map(largest: Magnitudes, representable: Magnitudes) -> Chart:
         for step, (value, limit) in enumerate(row)
         if value > CLIPPED * limit
     ]
-    data = {
-        "type": "heatmap",
-        "z": [
-            [float(f"{value / max(row):.3g}") if value else None for value in row]
-            for row in largest.values()
-        ],
-        "x": list(range(len(next(iter(largest.values()))))),
-        "y": list(map(_text, largest)),
-        "zmin": 0,
-        "zmax": 1,
-        "colorscale": [[0, SLOTS[REUSED][1]], [0.5, SLOTS[FORECAST][1]], [1, SLOTS[FULL][1]]],
-        "customdata": list(pairs.values()),
-        "hovertemplate": "%{y}<br>step %{x}: %{customdata[0]:.4g}, %{z:.3g} of the layer's largest"
-        "<br>representable: %{customdata[1]:.4g}<extra></extra>",
-        "colorbar": {"thickness": 12, "outlinewidth": 0},
-    }
+    shares = [
+        [float(f"{value / max(row):.3g}") if value else None for value in row]
+        for row in largest.values()
+    ]
+    hover = (
+        "%{customdata[0]:.4g}, %{z:.3g} of the layer's largest"
+        "<br>representable: %{customdata[1]:.4g}"
+    )
+    data = _heat(shares, list(pairs.values()), list(largest), hover) | {"zmax": 1}
+    data |= _shades(REUSED, FORECAST, FULL)
     marks = {
         "type": "scatter",
         "mode": "markers",
@@ -252,6 +236,31 @@ def magnitude_map(largest: Magnitudes, representable: Magnitudes) -> Chart:
         "hoverinfo": "skip",
     }
     return {"data": [data, marks], "layout": _of_map(len(largest))}
+
+
+def _heat(
+    cells: list[list[float | None]],
+    pairs: list[list[tuple[float, float]]],
+    names: list[str],
+    hover: str,
+) -> Chart:
+    """A heat map from 0 of a number for each name at each step, and of the pair it is made of."""
+    return {
+        "type": "heatmap",
+        "z": cells,
+        "x": list(range(len(cells[0]))),
+        "y": list(map(_text, names)),
+        "zmin": 0,
+        "customdata": pairs,
+        "hovertemplate": f"%{{y}}<br>step %{{x}}: {hover}<extra></extra>",
+        "colorbar": {"thickness": 12, "outlinewidth": 0},
+    }
+
+
+def _shades(*kinds: str) -> Chart:
+    """The colours of a heat map: those of slots, at equal distances."""
+    colours = [SLOTS[kind][1] for kind in kinds]
+    return {"colorscale": [[i / (len(kinds) - 1), colour] for i, colour in enumerate(colours)]}
 
 
 def _of_map(rows: int) -> Chart:

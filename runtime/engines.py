@@ -58,8 +58,7 @@ def profile_of(manifest: Manifest, graph: str) -> Profile:
     if graph == "partial":
         inputs, _ = STEPS[graph].names(len(manifest.model.slots))
         return {**step, **{name: {0: rows} for name in inputs if name.startswith("cache.")}}
-    plan = recipe_plan(manifest)
-    longest = plan.ahead()[0].shape[1] if plan.form == "forecast" else 0
+    longest = recipe_plan(manifest).ahead()[0].shape[1]
     later: Range = (0, longest, longest)
     return {**step, "ahead": {0: later, 1: rows}, "weights": {0: later}}
 

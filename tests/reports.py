@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from ditcast.bundle import Bundle
 from ditcast.manifest import Graph, Layer
 from ditcast.runtime import fidelity, kept
+from ditcast.runtime.report import write_report
 from tests import bundles
 
 NAMES = ("full precision", "w8a8", "cache", "w8a8 + cache", "3 steps")
@@ -24,6 +25,7 @@ ROWS: dict[str, tuple[str, str, int, int, float, float, float]] = {
     "w8a8 + cache": ("onnxruntime", "fora", 3, 6, 18.4, 2.27, 26.1),
     "3 steps": ("reference", "none", 3, 3, 19.6, 2.13, 21.3),
 }
+MAX_BYTES = 8_000_000  # of a page
 LAYERS = ("blocks.0.attn.qkv", "blocks.0.mlp.fc1")
 
 
@@ -295,3 +297,11 @@ class Page(HTMLParser):
         if self._cell:
             cells = self.tables[-1][-1]
             cells[-1] = " ".join([*cells[-1].split(), *data.split()])
+
+
+def render(bundle: Bundle, report: dict[str, Any]) -> Page:
+    """Write a report into the bundle and read its page."""
+    path = write_report(bundle, report)
+    assert path == bundle.file("reports/report.html")
+    assert path.stat().st_size <= MAX_BYTES
+    return Page(path.read_text(encoding="utf-8"))

@@ -34,12 +34,12 @@ from ditcast.cache import StepPlan, make_plan
 from ditcast.errors import ConfigError, optional
 from ditcast.held_out import open_distances
 from ditcast.progress import counting, say
+from ditcast.recipe import ORDERED
 from ditcast.runtime import Pipeline, images, machine
 from ditcast.runtime.choice import open_backend
 from ditcast.runtime.pipeline import Step
 from ditcast.schedule import SPACINGS
 from ditcast.settings import Settings
-from ditcast.tables import ORDERED
 
 if TYPE_CHECKING:
     from ditcast.distances import Distances

@@ -26,9 +26,12 @@ Cache = Literal[
     "stack",
 ]
 Precision = Literal["w8a8", "w7a8", "w6a6", "w4a8", "w4a16", "fp8", "float"]
-
-
 E4M3_TOP = 448  # largest number of float8 e4m3, which has no infinity
+
+
+def levels(bits: int) -> int:
+    """Largest code of a signed integer."""
+    return int(2 ** (bits - 1) - 1)
 
 
 class Bits(NamedTuple):
@@ -43,7 +46,7 @@ class Bits(NamedTuple):
 
     def input_top(self) -> int:
         """The largest code of an input."""
-        return E4M3_TOP if self.e4m3 else int(2 ** (self.activation - 1) - 1)
+        return E4M3_TOP if self.e4m3 else levels(self.activation)
 
 
 FLOAT: Literal["float"] = "float"
@@ -61,6 +64,7 @@ PRECISIONS: dict[str, Bits] = {
 }
 DYNAMIC = ("rcs", "relational", "first-block", "stack")  # caches that decide on the way
 PLACEABLE = ("taylor", "output")  # caches that forecast over any distance
+ORDERED = ("taylor", "output", "rfe", "rcs", "relational")  # caches that have an order
 NO_NOISE = (
     "cache: got output with sampler ddpm, whose fresh noise earlier outputs do not know; "
     "expected sampler ddim, or cache taylor"

@@ -12,7 +12,7 @@ from ditcast.cache import StepPlan, idle, idle_run
 from ditcast.errors import ConfigError
 from ditcast.manifest import Manifest
 from ditcast.progress import tell
-from ditcast.recipe import TEMPORAL
+from ditcast.recipe import ORDERED, TEMPORAL
 from ditcast.runtime.machine import cpu_flags
 
 if TYPE_CHECKING:
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 WIDTH = 120  # columns, where the output is no terminal
 PAYS = 2.0  # integers that are not this much faster than float gain little in a whole step
-ORDERED = ("taylor", "output", "rfe", "rcs", "relational")  # caches that have an order
 SHOWN_KERNELS = 8  # of everything that is no quantized layer; the rest is summed up
 
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from ditcast.bundle import Bundle
 from ditcast.cache import StepPlan, make_plan
 from ditcast.errors import BundleError, ConfigError, optional
 from ditcast.progress import say
-from ditcast.recipe import PLACEABLE, Recipe
+from ditcast.recipe import ORDERED, Recipe
 from ditcast.runtime import Pipeline, fidelity, images
 from ditcast.runtime.choice import open_backend
 from ditcast.sampling import needs_noise
@@ -54,7 +54,7 @@ class Point:
             found["method"] = self.method
         if self.cache != "none":
             found["interval"] = self.interval
-        if self.cache in PLACEABLE:
+        if self.cache in ORDERED:
             found["order"] = self.order
         return found
 
@@ -70,7 +70,7 @@ class Goal:
     count: int
     seed: int
     fixed: dict[str, Any]  # keys of the recipe that are not searched
-    caches: tuple[str, ...] = CACHES
+    caches: list[str] = field(default_factory=lambda: list(CACHES))  # that are
 
     @property
     def min_psnr(self) -> float:
@@ -242,16 +242,16 @@ def start(base: Recipe) -> Point:
     )
 
 
-def caches(base: Recipe) -> tuple[str, ...]:
+def caches(base: Recipe) -> list[str]:
     """Those that go with a recipe's sampler: outputs are not forecast over fresh noise."""
-    return tuple(name for name in CACHES if name != "output" or not needs_noise(base.sampler))
+    return [name for name in CACHES if name != "output" or not needs_noise(base.sampler)]
 
 
 def suggest(trial: Any, goal: Goal, steps: int) -> Point:
     """The next point of a study; keys of the recipe that were given are not searched."""
     fixed = goal.fixed
 
-    def choose(name: str, choices: tuple[str, ...]) -> str:
+    def choose(name: str, choices: Sequence[str]) -> str:
         return str(fixed[name] if name in fixed else trial.suggest_categorical(name, choices))
 
     def number(name: str, low: int, high: int) -> int:
@@ -266,7 +266,7 @@ def suggest(trial: Any, goal: Goal, steps: int) -> Point:
         interval=number("interval", min(INTERVALS[0], steps), min(INTERVALS[1], steps))
         if cache != "none"
         else 1,
-        order=number("order", *ORDERS) if cache in PLACEABLE else 0,
+        order=number("order", *ORDERS) if cache in ORDERED else 0,
     )
 
 
@@ -337,7 +337,7 @@ def _finished(study: Any) -> list[dict[str, Any]]:
 
 def _check_same(study: Any, goal: Goal, folder: Path) -> None:
     """A study goes on only for what it was started for."""
-    held, asked = study.user_attrs.get("goal"), asdict(goal) | {"caches": list(goal.caches)}
+    held, asked = study.user_attrs.get("goal"), asdict(goal)
     if held is None:
         study.set_user_attr("goal", asked)
     elif held != asked:

@@ -17,13 +17,12 @@ from ditcast.calibrate.codes import (
     fake_quantize,
     feature_codes,
     grouped,
-    levels,
     to_e4m3,
     weight_codes,
     weight_limits,
     weight_scale,
 )
-from ditcast.recipe import E4M3_TOP
+from ditcast.recipe import E4M3_TOP, levels
 
 BITS = (4, 6, 7, 8)
 finite = st.floats(-1e4, 1e4, width=32)

@@ -13,14 +13,13 @@ from ditcast.runtime import kept
 from ditcast.runtime.compare import read, render
 from ditcast.runtime.report import PAGE, write_report
 from tests import bundles, reports
-from tests.reports import NAMES, audited, blurred, make_report, pictures, with_distances
+from tests.reports import MAX_BYTES, NAMES, audited, blurred, make_report, pictures, with_distances
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 SIZES = [(1400, 900), (400, 800)]
-MAX_BYTES = 8_000_000
 PLOTS = ("speed", "closeness", "cosine", "plan", "forecast", "inputs", "ranges", "selection")
 
 

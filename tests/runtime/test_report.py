@@ -17,17 +17,7 @@ from ditcast.bundle import Bundle
 from ditcast.runtime import fidelity, kept
 from ditcast.runtime.report import PAGE, write_report
 from tests.conftest import Cli
-from tests.reports import NAMES, Page, audited, make_report, spread, with_distances
-
-MAX_BYTES = 8_000_000
-
-
-def render(bundle: Bundle, report: dict[str, Any]) -> Page:
-    """Write a report into the bundle and read its page."""
-    path = write_report(bundle, report)
-    assert path == bundle.file("reports/report.html")
-    assert path.stat().st_size <= MAX_BYTES
-    return Page(path.read_text(encoding="utf-8"))
+from tests.reports import NAMES, Page, audited, make_report, render, spread, with_distances
 
 
 def test_the_bundle_vouches_for_every_report(bundle: Bundle) -> None:

@@ -12,7 +12,7 @@ from ditcast.bundle import Bundle
 from ditcast.runtime import kept
 from ditcast.runtime.charts import SLOTS, SOURCES
 from ditcast.runtime.report import PAGE, write_report
-from tests.reports import NAMES, Page, audited, make_report, spread
+from tests.reports import NAMES, Page, audited, make_report, render, spread
 
 FORMS = {  # of the columns of the table of figures that are spreads
     "image_ms": ",.1f",
@@ -24,7 +24,6 @@ FORMS = {  # of the columns of the table of figures that are spreads
     "detail": ".2f",
 }
 TIMES = "\u00d7"
-MAX_BYTES = 8_000_000
 JUDGED = ("psnr_db", "ssim", "detail")
 
 
@@ -222,18 +221,10 @@ def test_maps_over_steps(written: Any) -> None:
         assert found["customdata"][slot] == [list(p) for p in zip(errors, reuses, strict=True)]
 
 
-def rendered(bundle: Bundle, report: dict[str, Any]) -> Page:
-    """The page of a report."""
-    path = write_report(bundle, report)
-    assert path is not None
-    assert path.stat().st_size <= MAX_BYTES
-    return Page(path.read_text(encoding="utf-8"))
-
-
 def test_page_says_what_inputs_do(bundle: Bundle) -> None:
     """Which layer's moves the most, what is clipped, and why there may be no map."""
     report = make_report(bundle, *NAMES)
-    page = rendered(bundle, report)
+    page = render(bundle, report)
     assert (
         "blocks.0.attn.qkv moves the most: its largest input is 5 times as large at step 5 as at "
         "step 0. 1 of 9 are clearly above what their scale can represent; the farthest is 1.18 "
@@ -243,19 +234,17 @@ def test_page_says_what_inputs_do(bundle: Bundle) -> None:
     row = [1.0 + i / 1000 for i in range(100)]
     report["steps"]["inputs"] |= {"largest": dict.fromkeys(names, row)}
     report["steps"]["inputs"] |= {"representable": dict.fromkeys(names, [2.0] * 100)}
-    assert (
-        "0 of 40000 are clearly above" in rendered(bundle, report).text
-    )  # in a page that is small
+    assert "0 of 40000 are clearly above" in render(bundle, report).text  # in a page that is small
     for found, sentence in (
         ({"largest": {}, "representable": {}, "timesteps": [1]}, "Every input stays in float."),
         (None, "It was not recorded when this bundle was calibrated or measured, as earlier"),
     ):
         report["steps"]["inputs"] = found
-        page = rendered(bundle, report)
+        page = render(bundle, report)
         assert sentence in page.text
         assert 'id="plot-inputs"' not in page.source
     del report["steps"]["inputs"]  # as earlier versions wrote it
-    assert rendered(bundle, report).source == page.source
+    assert render(bundle, report).source == page.source
 
 
 def test_page_of_costs_without_parts(bundle: Bundle) -> None:
@@ -263,6 +252,6 @@ def test_page_of_costs_without_parts(bundle: Bundle) -> None:
     report = make_report(bundle, *NAMES)
     for spent in report["cost"].values():
         del spent["parts"]
-    page = rendered(bundle, report)
+    page = render(bundle, report)
     assert "calibrate 93.1 1,024 export 12.3 2,048" in page.text
     assert kept.figures(bundle)["cost"] == report["cost"]

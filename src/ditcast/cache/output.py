@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ditcast.cache.plan import StepPlan
+from ditcast.cache.plan import StepPlan, newest
 from ditcast.cache.taylor import schedule
 
 
@@ -30,8 +30,8 @@ def placed(places: Sequence[int], steps: int, slots: int, order: int) -> StepPla
     full = np.zeros(steps, bool)
     full[list(places)] = True
     weights = np.zeros((steps, order + 1, slots), np.float32)
-    for step in np.flatnonzero(~full):
-        nodes = np.flatnonzero(full[:step])[::-1][: order + 1].astype(float)
+    for step in np.flatnonzero(~full).tolist():
+        nodes = newest(full, step, order + 1).astype(float)
         for i, node in enumerate(nodes):
             others = np.delete(nodes, i)
             weights[step, i] = np.prod((step - others) / (node - others))

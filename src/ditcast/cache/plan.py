@@ -106,8 +106,12 @@ class StepPlan:
         Row t holds the reuse steps that read full step t, and how much of each slot's output
         each of them takes: first those behind full step t, then those behind the next one, and
         so on, `history` times. Each run of them is filled up to the longest one with step t
-        itself at weight zero, so that every full step of a plan has the same shape.
+        itself at weight zero, so that every full step of a plan has the same shape. Only the form
+        `forecast` has any.
         """
+        if self.form != "forecast":
+            nothing = np.zeros((len(self.full), 0, self.weights.shape[2]), np.float32)
+            return nothing[..., 0].astype(np.int64), nothing
         starts, lengths = self.segments()
         longest = int(lengths.max()) - 1
         steps = np.arange(len(self.full))[:, None].repeat(self.history * longest, axis=1)
@@ -124,6 +128,11 @@ class StepPlan:
         """Starts and lengths of the runs "one full step, then its reuse steps", each `(S,)`."""
         starts = np.flatnonzero(self.full).astype(np.int64)
         return starts, np.diff(starts, append=len(self.full)).astype(np.int64)
+
+
+def newest(full: NDArray[np.bool_], step: int, history: int) -> NDArray[np.int64]:
+    """The full steps whose outputs a reuse step reads, the newest first: `history` or fewer."""
+    return np.flatnonzero(full[:step])[::-1][:history].astype(np.int64)
 
 
 def hold(full: NDArray[np.bool_], slots: int) -> StepPlan:

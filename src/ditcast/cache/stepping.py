@@ -218,6 +218,10 @@ class Output(Stepper):
         super().__init__(plan, request)
         self.outputs: list[Array] = []  # the newest first
 
+    def run(self, step: int, x: Array) -> tuple[Array, bool]:
+        """As others do, but a reuse step, which runs no graph, is given no sample and features."""
+        return super().run(step, x) if self.plan.full[step] else (self.reuse(step), False)
+
     def full(self, step: int) -> Array:
         """The step; nothing of it serves later ones but its output."""
         nothing = self.request.array(np.zeros((0, self.request.slots)))
